@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command line and TOML -> `JobConfig`. Precedence: defaults < --config FILE < flags.
+
+Every setting of `streaminator.config` is a flag. Hyphens and underscores are alike; a boolean is
+`--x` or `--no_x`; a list is given by repeating the flag.
+
+Used by: `streaminator.cli`, `jobs.*`.
+"""
+
+import argparse
+import difflib
+import tomllib
+import types
+from collections.abc import Sequence
+from dataclasses import Field
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from streaminator.config import JobConfig, settings
+from streaminator.errors import ConfigError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.replace("argument ", "", 1))
+
+
+def parse(argv: Sequence[str], *, program: str, without: Sequence[str] = ()) -> tuple[
+    JobConfig, argparse.Namespace
+]:
+    """Parse `argv` into the job's settings and the few flags that are not settings.
+
+    Args:
+        argv: the words after the program's name.
+        program: name shown in the usage text.
+        without: groups of settings this program does not have (for example "cluster").
+
+    Returns:
+        The configuration, and a namespace with `dry_run`.
+
+    Raises:
+        ConfigError: unknown flag or key (with the nearest name), or a value that is not allowed.
+    """
+    known = {s.name: s for group, s in settings() if group not in without}
+    parser = _parser(program, known)
+    words = [_underscored(word) for word in argv]
+    # Whatever argparse cannot place is a typo: name the nearest flag instead of a usage text.
+    namespace, rest = parser.parse_known_args(words)
+    if rest:
+        _unknown(rest[0], known)
+    given = vars(namespace)
+    values = _load_toml(Path(given["config"]), known) if given["config"] else {}
+    for name, setting in known.items():
+        if given[name] is not None:
+            value = given[name]
+            values[name] = tuple(value) if _is_tuple(setting) else value
+    return JobConfig.from_flat(values), namespace
+
+
+def _parser(program: str, known: dict[str, Field]) -> _Parser:
+    parser = _Parser(prog=program, allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.add_argument("--config", metavar="FILE.toml", help="settings to start from")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the resolved settings and exit"
+    )
+    for name, setting in known.items():
+        text = setting.metadata["help"]
+        default = setting.default
+        if default not in (None, (), True, False) or isinstance(default, int | float):
+            text += f" (default: {default})".replace("%", "%%")
+        if setting.type is bool:
+            pair = parser.add_mutually_exclusive_group()
+            pair.add_argument(f"--{name}", action="store_true", default=None, help=text)
+            pair.add_argument(f"--no_{name}", action="store_false", dest=name, default=None)
+        else:
+            parser.add_argument(
+                f"--{name}",
+                type=_scalar_type(setting),
+                action="append" if _is_tuple(setting) else "store",
+                choices=setting.metadata["choices"] or None,
+                metavar=name.upper() if not setting.metadata["choices"] else None,
+                help=text,
+            )
+    return parser
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _unknown(word: str, known: dict[str, Field]) -> NoReturn:
+    if not word.startswith("-"):
+        raise ConfigError(f"unexpected word {word!r}: every setting is given as --name value")
+    name = word.partition("=")[0]
+    flags = [f"--{n}" for n in known] + [f"--no_{n}" for n, s in known.items() if s.type is bool]
+    raise ConfigError(f"unknown flag {name}{_nearest(name, [*flags, '--config', '--dry_run'])}")
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f": did you mean {close[0]}?" if close else ": --help lists all"
+
+
+def _load_toml(path: Path, known: dict[str, Field]) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not valid TOML ({error})") from error
+    values = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}{_nearest(name, list(known))}")
+        values[name] = _checked(path, known[name], value)
+    return values
+
+
+def _checked(path: Path, setting: Field, value: Any) -> Any:
+    scalar = _scalar_type(setting) if setting.type is not bool else bool
+    if _is_tuple(setting) and isinstance(value, list):
+        return tuple(_checked_scalar(path, setting, scalar, item) for item in value)
+    return _checked_scalar(path, setting, scalar, value)
+
+
+def _checked_scalar(path: Path, setting: Field, scalar: type, value: Any) -> Any:
+    if scalar is float and type(value) is int:
+        value = float(value)
+    choices = setting.metadata["choices"]
+    if type(value) is not scalar or (choices and value not in choices):
+        allowed = " or ".join(choices) if choices else f"a value of type {scalar.__name__}"
+        raise ConfigError(f"{path}: {setting.name} = {value!r}: must be {allowed}")
+    return value
+
+
+def _is_tuple(setting: Field) -> bool:
+    return getattr(setting.type, "__origin__", None) is tuple
+
+
+def _scalar_type(setting: Field) -> type:
+    kind: Any = setting.type
+    if _is_tuple(setting):
+        return get_args(kind)[0]
+    if isinstance(kind, types.UnionType):
+        return next(arg for arg in get_args(kind) if arg is not type(None))
+    return kind

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every setting, once: name, default, meaning, check. Flags and TOML keys are derived from here.
+
+Invariants
+- A default exists only here. No object is changed after it is built.
+- `tokens=True` marks a setting that may change a token; all others change speed or place only,
+  so a run may be resumed with other values for them.
+
+Used by: `streaminator.cli_args` (flags), `streaminator.run_record` (what a run recorded).
+"""
+
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from streaminator.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+SPECULATORS = ("ngram",)
+
+
+def _option(default: Any, help: str, *, tokens: bool = False, choices: tuple = ()) -> Any:
+    return field(default=default, metadata={"help": help, "tokens": tokens, "choices": choices})
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"--{name} {value}: must be {allowed}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """What a completion is drawn with. Together with weights and prompt it decides every token."""
+
+    temperature: float = _option(0.8, "softmax temperature; 0 is greedy", tokens=True)
+    top_k: int = _option(0, "keep the k most likely tokens; 0 keeps all", tokens=True)
+    top_p: float = _option(1.0, "keep the smallest set of tokens with this mass", tokens=True)
+    min_p: float = _option(0.0, "drop tokens below this share of the top one", tokens=True)
+    max_length: int = _option(256, "most tokens in one completion", tokens=True)
+    seed: int = _option(0, "seed of the sampling noise", tokens=True)
+    stop: tuple[str, ...] = _option((), "strings that end a completion", tokens=True)
+    stop_token_ids: tuple[int, ...] = _option(
+        (), "token ids that end a completion, besides the model's own", tokens=True
+    )
+    ignore_eos: bool = _option(False, "go on past the model's end-of-text token", tokens=True)
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError naming the setting and the allowed range."""
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        _require(self.max_length >= 1, "max_length", self.max_length, "1 or more")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")
+        _require(all(self.stop), "stop", "''", "a non-empty string")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which weights, where and how they run."""
+
+    model_name: str = _option(
+        "demo", "hub name or folder of a causal model; 'demo' is the bundled one", tokens=True
+    )
+    tokenizer_name: str | None = _option(
+        None, "hub name or folder of the tokenizer; default: the model's", tokens=True
+    )
+    dtype: str = _option(
+        "auto",
+        "auto is float32 on a CPU, bfloat16 on a GPU",
+        tokens=True,
+        choices=DTYPES,
+    )
+    device: str = _option("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one", tokens=True)
+    trust_remote_code: bool = _option(False, "run code that comes with the checkpoint", tokens=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Which prompts, how they are worded, how answers are graded."""
+
+    dataset: str = _option(
+        "demo",
+        "hub name, or a .jsonl/.json/.csv/.parquet file; 'demo' is the bundled set",
+        tokens=True,
+    )
+    dataset_config: str | None = _option(
+        None, "configuration of a hub dataset (openai/gsm8k: main)", tokens=True
+    )
+    split: str = _option("test", "split of a hub dataset", tokens=True)
+    num_samples: int | None = _option(None, "number of prompts to take; default: all", tokens=True)
+    num_completions: int = _option(8, "completions per prompt", tokens=True)
+    question_column: str | None = _option(
+        None, "column of the question; default: question, problem or prompt", tokens=True
+    )
+    answer_column: str | None = _option(
+        None, "column of the reference answer; default: answer or solution, if there", tokens=True
+    )
+    id_column: str | None = _option(
+        None, "column of a unique prompt id; default: a hash of the prompt", tokens=True
+    )
+    metadata_columns: tuple[str, ...] = _option((), "columns to copy into the output")
+    chat_template: bool = _option(
+        True, "use the tokenizer's chat template where it has one", tokens=True
+    )
+    prompt_template: str | None = _option(
+        None, "prompt without a chat template; {question} is replaced", tokens=True
+    )
+    system_prompt: str | None = _option(None, "system message of the chat template", tokens=True)
+    few_shot: str | None = _option(
+        None, "file of worked examples to put before each question", tokens=True
+    )
+    num_few_shot: int = _option(8, "examples to take from --few_shot", tokens=True)
+    grader: str | None = _option(
+        None, "grader: gsm8k, boxed, none, or module:function; default: by the answers"
+    )
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError naming the setting and the allowed range."""
+        _require(
+            self.num_samples is None or self.num_samples >= 1,
+            "num_samples",
+            self.num_samples,
+            "1 or more",
+        )
+        _require(self.num_completions >= 1, "num_completions", self.num_completions, "1 or more")
+        _require(self.num_few_shot >= 1, "num_few_shot", self.num_few_shot, "1 or more")
+        if self.prompt_template is not None and "{question}" not in self.prompt_template:
+            raise ConfigError("--prompt_template: must contain {question}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """The stream: its width and its memory. Changes speed, never a token."""
+
+    stream_width: int = _option(16, "completions in flight at once (slots)")
+    kv_cache: bool = _option(True, "keep keys and values between steps")
+    continuous_batching: bool = _option(True, "refill a slot the moment its completion ends")
+    max_batched_tokens: int = _option(512, "most prompt tokens computed in one step (chunking)")
+    block_size: int = _option(16, "tokens per KV block")
+    num_blocks: int | None = _option(None, "KV blocks; default: sized by width and free memory")
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError naming the setting and the allowed range."""
+        _require(self.stream_width >= 1, "stream_width", self.stream_width, "1 or more")
+        _require(
+            self.max_batched_tokens >= 1, "max_batched_tokens", self.max_batched_tokens, "1 or more"
+        )
+        _require(
+            self.block_size >= 16 and self.block_size % 16 == 0,
+            "block_size",
+            self.block_size,
+            "a multiple of 16",
+        )
+        _require(
+            self.num_blocks is None or self.num_blocks >= 2, "num_blocks", self.num_blocks,
+            "2 or more",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculatorConfig:
+    """What drafts are made of. Changes speed, never a token."""
+
+    spec_decoding: bool = _option(True, "draft tokens and verify them (speculative decoding)")
+    speculator: str = _option("ngram", "kind of per-prompt speculator", choices=SPECULATORS)
+    num_speculative_tokens: int = _option(4, "most drafted tokens per completion and step")
+    ngram_order: int = _option(3, "order of the n-gram speculator (2: bigram)")
+    prompt_training: bool = _option(True, "train each speculator on its prompt")
+    generation_training: bool = _option(True, "train each speculator on its own completions")
+    speculator_memory: int = _option(256, "most memory of all speculators together, MiB")
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError naming the setting and the allowed range."""
+        _require(
+            self.num_speculative_tokens >= 1,
+            "num_speculative_tokens",
+            self.num_speculative_tokens,
+            "1 or more (--no_spec_decoding switches drafting off)",
+        )
+        _require(self.ngram_order >= 1, "ngram_order", self.ngram_order, "1 or more")
+        _require(
+            self.speculator_memory >= 1, "speculator_memory", self.speculator_memory, "1 or more"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """How many worker processes, and on which Ray."""
+
+    num_workers: int | None = _option(
+        None, "workers; 0 runs in this process without Ray; default: one per GPU, else 1"
+    )
+    address: str | None = _option(None, "address of a running Ray; default: start a local one")
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError naming the setting and the allowed range."""
+        _require(
+            self.num_workers is None or self.num_workers >= 0,
+            "num_workers",
+            self.num_workers,
+            "0 or more",
+        )
+        if self.num_workers == 0 and self.address is not None:
+            raise ConfigError("--address with --num_workers 0: without Ray there is no address")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Where results go and what is told on the way."""
+
+    output: str = _option("results", "folder or URI under which the run's own folder is made")
+    run_id: str | None = _option(
+        None, "name of the run; default: made from the settings, so the same command resumes"
+    )
+    logprobs: bool = _option(False, "write the log-probability of every token")
+    use_wandb: bool = _option(False, "log to Weights & Biases")
+    wandb_project: str = _option("streaminator", "Weights & Biases project")
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError when the run id cannot be a folder name."""
+        if self.run_id is not None and (
+            not self.run_id or "/" in self.run_id or self.run_id.startswith(".")
+        ):
+            raise ConfigError(f"--run_id {self.run_id!r}: must be a plain folder name")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """All settings of one sampling job."""
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    speculator: SpeculatorConfig = field(default_factory=SpeculatorConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        """Raises: ConfigError on settings that contradict each other."""
+        spec = self.speculator
+        if spec.spec_decoding and not (spec.prompt_training or spec.generation_training):
+            raise ConfigError(
+                "--no_prompt_training with --no_generation_training: the speculator would learn "
+                "from nothing; add --no_spec_decoding to run without one"
+            )
+
+    @classmethod
+    def from_flat(cls, values: dict[str, Any]) -> "JobConfig":
+        """Build from `{setting: value}`; settings left out keep their defaults.
+
+        Raises: ConfigError for a value that is not allowed.
+        """
+        return cls(
+            **{
+                group.name: group.type(
+                    **{f.name: values[f.name] for f in fields(group.type) if f.name in values}
+                )
+                for group in fields(cls)
+            }
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """`{setting: value}` of every setting, as JSON can hold it."""
+        result = {}
+        for group, setting in settings():
+            value = getattr(getattr(self, group), setting.name)
+            result[setting.name] = list(value) if isinstance(value, tuple) else value
+        return result
+
+
+def settings() -> Iterator[tuple[str, Field]]:
+    """(group, field) of every setting, in the order of the help text."""
+    for group in fields(JobConfig):
+        for setting in fields(group.type):
+            yield group.name, setting
+
+
+def token_settings() -> set[str]:
+    """Names of the settings that may change a token."""
+    return {setting.name for _, setting in settings() if setting.metadata["tokens"]}

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pack: the scheduled tokens of all sequences as one row of tokens, with attention's indices.
+
+Shapes: T packed tokens (padded), B sequences of an attention group, Q queries per sequence
+(padded), M blocks per sequence (padded), L = M * block_size keys per sequence, R sampled rows.
+
+Used by: `engine.Engine` (makes it), `model_runner`, `attention`, `sampler`.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from streaminator.sequence import Sequence
+
+# Rows are padded so that element-wise kernels never meet a partial vector: with it, a token's
+# value would depend, in the last bit, on how many others are in the batch.
+ROW_MULTIPLE = 8
+
+
+@dataclass(slots=True)
+class AttentionGroup:
+    """Sequences of similar query length, attended in one padded call."""
+
+    rows: torch.Tensor
+    """[B, Q] packed row of each query; 0 where padded."""
+    block_table: torch.Tensor
+    """[B, M] KV blocks; the null block where padded."""
+    query_positions: torch.Tensor
+    """[B, Q] position of each query in its sequence; 0 where padded."""
+    valid: torch.Tensor | None
+    """[num_valid] flat indices into B * Q that are not padding; None: all are valid."""
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    """Additive masks [B, 1, Q, L] by sliding window, made on first use."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's work on the device."""
+
+    input_ids: torch.Tensor
+    """[1, T]."""
+    positions: torch.Tensor
+    """[1, T]."""
+    slot_mapping: torch.Tensor
+    """[T] place of each token's key and value: block * block_size + offset."""
+    groups: list[AttentionGroup]
+    sampled_rows: torch.Tensor
+    """[R] rows whose logits are needed."""
+    noise_keys: torch.Tensor
+    """[R] signed 64-bit key of each sampled row's sequence."""
+    noise_positions: torch.Tensor
+    """[R] index in its completion of the token each sampled row draws."""
+    num_tokens: int
+    """T without padding."""
+
+
+def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> Batch:
+    """Lay out each sequence's scheduled tokens and its draft, one sequence after another."""
+    tokens: list[int] = []
+    positions: list[np.ndarray] = []
+    slots: list[np.ndarray] = []
+    starts: list[int] = []
+    lengths: list[int] = []
+    sampled: list[int] = []
+    keys: list[int] = []
+    noise_positions: list[int] = []
+    for sequence in sequences:
+        first = sequence.num_cached_tokens
+        last = first + sequence.num_scheduled_tokens
+        starts.append(len(tokens))
+        tokens.extend(sequence.token_ids[first:last])
+        tokens.extend(sequence.draft)
+        length = last - first + len(sequence.draft)
+        lengths.append(length)
+        position = np.arange(first, first + length)
+        positions.append(position)
+        table = np.array(sequence.block_table)
+        slots.append(table[position // block_size] * block_size + position % block_size)
+        if sequence.is_sampled:
+            num_rows = 1 + len(sequence.draft)
+            sampled.extend(range(len(tokens) - num_rows, len(tokens)))
+            keys.extend([sequence.noise_key] * num_rows)
+            drawn = len(sequence.token_ids) - sequence.num_prompt_tokens
+            noise_positions.extend(range(drawn, drawn + num_rows))
+    padding = -len(tokens) % ROW_MULTIPLE
+
+    def tensor(values: object) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(device, non_blocking=True)
+
+    pad = np.zeros(padding, dtype=np.int64)
+    groups = [
+        _group([sequences[i] for i in members], starts, lengths, members, tensor)
+        for members in _group_by_length(lengths)
+    ]
+    return Batch(
+        input_ids=tensor([*tokens, *pad])[None],
+        positions=tensor(np.concatenate([*positions, pad]))[None],
+        slot_mapping=tensor(np.concatenate([*slots, pad])),
+        groups=groups,
+        sampled_rows=tensor(sampled),
+        noise_keys=tensor(keys),
+        noise_positions=tensor(noise_positions),
+        num_tokens=len(tokens),
+    )
+
+
+def _group_by_length(lengths: Seq[int]) -> list[list[int]]:
+    """Indices grouped so that padding to a group's longest wastes little."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and lengths[index] <= 8 + lengths[groups[-1][0]] * 5 // 4:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _group(members, starts, lengths, indices, tensor) -> AttentionGroup:  # noqa: ANN001
+    num_queries = max(lengths[i] for i in indices)
+    num_blocks = max(len(s.block_table) for s in members)
+    rows = np.zeros((len(members), num_queries), dtype=np.int64)
+    query_positions = np.zeros_like(rows)
+    table = np.zeros((len(members), num_blocks), dtype=np.int64)
+    is_valid = np.zeros(rows.shape, dtype=bool)
+    for line, (sequence, index) in enumerate(zip(members, indices, strict=True)):
+        length = lengths[index]
+        rows[line, :length] = np.arange(starts[index], starts[index] + length)
+        first = sequence.num_cached_tokens
+        query_positions[line, :length] = np.arange(first, first + length)
+        table[line, : len(sequence.block_table)] = sequence.block_table
+        is_valid[line, :length] = True
+    return AttentionGroup(
+        rows=tensor(rows),
+        block_table=tensor(table),
+        query_positions=tensor(query_positions),
+        valid=None if is_valid.all() else tensor(np.flatnonzero(is_valid)),
+    )

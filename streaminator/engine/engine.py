@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stream: prompts in, completions out, one model forward per step.
+
+Each step: schedule -> draft -> pack -> forward -> sample -> verify -> commit -> retire.
+
+    word      file
+    schedule  engine/scheduler.py (and block_manager.py)
+    draft     speculative/store.py -> speculative/ngram.py
+    pack      engine/batch.py
+    forward   engine/model_runner.py -> the Hugging Face model -> engine/attention.py, kv_cache.py
+    sample    engine/sampler.py
+    verify    speculative/verify.py
+    commit    `Engine._commit` here, engine/stopping.py
+    retire    `Engine._retire` here, scheduler.retire, store.observe
+
+Invariants
+- Every (prompt, sample_index) added comes out exactly once, finished or failed.
+- A completion is a function of weights, prompt, sampling parameters, seed, prompt id and sample
+  index; everything else changes speed only.
+
+Used by: `streaminator.session`, `jobs.benchmark`.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from streaminator.config import EngineConfig, SamplingParams, SpeculatorConfig
+from streaminator.engine.batch import Batch, pack
+from streaminator.engine.block_manager import BlockManager
+from streaminator.engine.model_runner import ModelRunner
+from streaminator.engine.sampler import INVALID_TOKEN, noise_key, sample
+from streaminator.engine.scheduler import Scheduler
+from streaminator.engine.stopping import StopChecker
+from streaminator.sequence import Completion, FinishReason, Prompt, Sequence, StepStats
+from streaminator.speculative.store import SpeculatorStore
+from streaminator.speculative.verify import count_accepted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Engine:
+    """A stream of `stream_width` slots over one model."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        *,
+        sampling: SamplingParams,
+        engine: EngineConfig,
+        speculator: SpeculatorConfig,
+        max_prompt_length: int = 512,
+    ) -> None:
+        """Wire the parts and allocate the KV cache.
+
+        Args:
+            runner: the loaded model.
+            tokenizer: for text and stop strings; None: token ids only.
+            sampling: how every completion is drawn.
+            engine: stream width, cache, batching.
+            speculator: what drafts are made of.
+            max_prompt_length: prompt tokens to size the cache for; longer ones still run.
+        """
+        self.runner = runner
+        self._sampling = sampling
+        self._speculator_config = speculator
+        self._stopping = StopChecker(sampling, runner.eos_token_ids, tokenizer)
+        length = max_prompt_length + sampling.max_length
+        cache = runner.make_cache(engine, min(length, runner.max_model_len or length))
+        self.store = SpeculatorStore(speculator)
+        self.scheduler = Scheduler(
+            BlockManager(cache.num_blocks, cache.block_size),
+            stream_width=engine.stream_width,
+            max_batched_tokens=engine.max_batched_tokens,
+            kv_cache=engine.kv_cache,
+            continuous_batching=engine.continuous_batching,
+            start=self._start,
+        )
+        self._cache = cache
+        self._failed: list[Completion] = []
+        self.last_step: StepStats | None = None
+        """Counts and times of the newest step."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._failed or self.scheduler.num_open_prompts)
+
+    def add(self, prompt: Prompt) -> None:
+        """Queue a prompt; one that cannot run comes out as failed completions."""
+        error = self._why_impossible(prompt)
+        if error is None:
+            self.scheduler.add(prompt)
+            return
+        now = time.time()
+        for sample_index in prompt.sample_indices:
+            sequence = Sequence(prompt, sample_index, list(prompt.token_ids), 0, 0, now)
+            self._failed.append(self._completion(sequence, FinishReason.FAILED, error))
+
+    def run(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
+        """Draw all completions of `prompts`, in the order they finish."""
+        for prompt in prompts:
+            self.add(prompt)
+        while self.has_work:
+            yield from self.step()
+
+    def step(self) -> list[Completion]:
+        """Run one forward; returns the completions that ended with it."""
+        clock = _Clock(self.runner)
+        finished, self._failed = self._failed, []
+        sequences = self.scheduler.schedule()
+        clock.lap("schedule")
+        if not sequences:
+            return finished
+        self._draft(sequences)
+        clock.lap("draft")
+        batch = pack(sequences, block_size=self._cache.block_size, device=self.runner.device)
+        clock.lap("pack")
+        logits = self.runner.forward(batch)
+        clock.lap("forward")
+        tokens, logprobs = self._sample(logits, batch)
+        clock.lap("sample")
+        verdicts = _verify(sequences, tokens, logprobs)
+        clock.lap("verify")
+        running = len(self.scheduler.running)
+        num_new = 0
+        for sequence, drawn, drawn_logprobs in verdicts:
+            before = len(sequence.token_ids)
+            reason, error = self._commit(sequence, drawn, drawn_logprobs)
+            num_new += len(sequence.token_ids) - before
+            if reason is not None:
+                finished.append(self._retire(sequence, reason, error))
+        clock.lap("commit")
+        self.last_step = StepStats(
+            time=time.time(),
+            num_running=running,
+            num_prefill_tokens=batch.num_tokens - len(tokens),
+            num_decode_tokens=sum(1 for _, drawn, _ in verdicts if drawn),
+            num_draft_tokens=sum(s.drafted[-1] for s, drawn, _ in verdicts if drawn),
+            num_accepted_tokens=sum(s.accepted[-1] for s, drawn, _ in verdicts if drawn),
+            num_new_tokens=num_new,
+            num_blocks_used=self.scheduler.block_manager.num_used,
+            device_memory=self.runner.memory_in_use(),
+            **clock.seconds,
+        )
+        return finished
+
+    def _start(self, prompt: Prompt, sample_index: int) -> Sequence:
+        limit = len(prompt.token_ids) + self._sampling.max_length
+        return Sequence(
+            prompt,
+            sample_index,
+            list(prompt.token_ids),
+            noise_key(self._sampling.seed, prompt.prompt_id, sample_index),
+            min(limit, self.runner.max_model_len or limit),
+            time.time(),
+        )
+
+    def _draft(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            sequence.draft = []
+            if not (self._speculator_config.spec_decoding and sequence.is_sampled):
+                continue
+            # The step adds one token more than it accepts.
+            room = sequence.max_num_tokens - len(sequence.token_ids) - 1
+            cap = min(self._speculator_config.num_speculative_tokens, room)
+            if cap > 0:
+                draft = self.store.draft(sequence.prompt, sequence.token_ids, cap)
+                sequence.draft = draft[: self.scheduler.reserve_draft(sequence, len(draft))]
+
+    def _sample(self, logits: torch.Tensor, batch: Batch) -> tuple[list[int], list[float]]:
+        with torch.inference_mode():
+            tokens, logprobs = sample(
+                logits, batch.noise_keys, batch.noise_positions, self._sampling
+            )
+            # One transfer; token ids are exact in float64.
+            both = torch.stack([tokens.double(), logprobs.double()]).tolist()
+        return [int(token) for token in both[0]], both[1]
+
+    def _commit(
+        self, sequence: Sequence, drawn: list[int], logprobs: list[float]
+    ) -> tuple[FinishReason | None, str | None]:
+        """Add the drawn tokens one by one, until one of them ends the completion."""
+        cached = sequence.num_cached_tokens + sequence.num_scheduled_tokens
+        if drawn:
+            sequence.drafted.append(len(sequence.draft))
+            sequence.accepted.append(len(drawn) - 1)
+        for index, (token, logprob) in enumerate(zip(drawn, logprobs, strict=True)):
+            if token == INVALID_TOKEN:
+                # NaN must not stay in blocks that others will get.
+                self._cache.clear(sequence.block_table)
+                where = f"token {len(sequence.token_ids) - sequence.num_prompt_tokens}"
+                return FinishReason.FAILED, f"the model's logits are not finite at {where}"
+            sequence.token_ids.append(token)
+            sequence.logprobs.append(logprob)
+            sequence.from_draft.append(index < len(drawn) - 1)
+            reason = self._stopping.check(sequence)
+            if reason is not None:
+                # Accepted tokens behind the end are not part of the completion.
+                sequence.accepted[-1] = min(index + 1, len(drawn) - 1)
+                return reason, None
+        # The keys and values of accepted drafts stay; the newest token's are not computed yet.
+        self.scheduler.commit(sequence, cached + max(len(drawn) - 1, 0))
+        return None, None
+
+    def _retire(
+        self, sequence: Sequence, reason: FinishReason, error: str | None
+    ) -> Completion:
+        completion = self._completion(sequence, reason, error)
+        if self._speculator_config.spec_decoding and reason is not FinishReason.FAILED:
+            self.store.observe(sequence.prompt, completion.token_ids)
+        if sequence.sample_index == sequence.prompt.sample_indices[-1]:
+            self.store.drop(sequence.prompt)
+        self.scheduler.retire(sequence)
+        return completion
+
+    def _completion(
+        self, sequence: Sequence, reason: FinishReason, error: str | None
+    ) -> Completion:
+        return Completion(
+            prompt=sequence.prompt,
+            sample_index=sequence.sample_index,
+            token_ids=sequence.completion_token_ids,
+            text=self._stopping.text(sequence),
+            finish_reason=reason,
+            logprobs=sequence.logprobs,
+            from_draft=sequence.from_draft,
+            drafted=sequence.drafted,
+            accepted=sequence.accepted,
+            started_at=sequence.started_at,
+            finished_at=time.time(),
+            error=error,
+        )
+
+    def _why_impossible(self, prompt: Prompt) -> str | None:
+        num = len(prompt.token_ids)
+        limit = self.runner.max_model_len
+        manager = self.scheduler.block_manager
+        needed = manager.num_blocks_for(
+            min(num + self._sampling.max_length, limit or num + self._sampling.max_length)
+        )
+        if num == 0:
+            return "the prompt has no tokens"
+        if limit is not None and num >= limit:
+            return f"the prompt has {num} tokens and the model's context is {limit}"
+        if max(prompt.token_ids) >= self.runner.vocab_size:
+            return (
+                f"the prompt has token {max(prompt.token_ids)} and the model's vocabulary is "
+                f"{self.runner.vocab_size}: tokenizer and model do not belong together"
+            )
+        if needed > manager.num_blocks - 1:
+            return f"it may need {needed} KV blocks of {manager.num_blocks - 1}: raise --num_blocks"
+        return None
+
+
+def _verify(
+    sequences: list[Sequence], tokens: list[int], logprobs: list[float]
+) -> list[tuple[Sequence, list[int], list[float]]]:
+    """Each sequence with the tokens it gains; none where its prefill goes on."""
+    verdicts = []
+    row = 0
+    for sequence in sequences:
+        if not sequence.is_sampled:
+            verdicts.append((sequence, [], []))
+            continue
+        num_rows = 1 + len(sequence.draft)
+        num = 1 + count_accepted(tokens[row : row + num_rows], sequence.draft)
+        verdicts.append((sequence, tokens[row : row + num], logprobs[row : row + num]))
+        row += num_rows
+    return verdicts
+
+
+class _Clock:
+    """Seconds per phase of one step."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        if phase in ("pack", "forward"):
+            self._runner.synchronize()
+        now = time.perf_counter()
+        self.seconds[f"seconds_{phase}"] = now - self._last
+        self._last = now

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw one token per row with noise that depends on the token's place only (contract C1).
+
+Gumbel-max: token = argmax_x(log p(x) + g(x)), p after temperature, top-k, top-p and min-p, and
+g(x) a hash of (seed, prompt_id, sample_index, position, x). A draft is accepted while it equals
+the token so drawn: the acceptance probability is p(draft), as in rejection sampling, and the
+completion does not depend on the drafts at all (Daliri, Musco and Suresh 2024, section 3).
+
+For large vocabularies the noise is made for the `NUM_CANDIDATES` most likely tokens one by one
+and for all others as a single event, which is exact: the maximum over a set of Gumbel-perturbed
+log-probabilities is the perturbed log of the set's mass. Only when that event wins is a token
+drawn from the rest.
+
+Shapes: R rows, V vocabulary, C candidates.
+
+Used by: `engine.Engine`.
+"""
+
+from hashlib import blake2b
+
+import torch
+
+from streaminator.config import SamplingParams
+
+NUM_CANDIDATES = 64
+INVALID_TOKEN = -1
+"""Stands for a token where the logits were not finite."""
+
+_REST = -1  # takes a token id's place in the hash for the event "none of the candidates"
+
+
+def noise_key(seed: int, prompt_id: str, sample_index: int) -> int:
+    """Signed 64-bit key of one completion's noise; the same in every process."""
+    text = f"{seed}\0{sample_index}\0{prompt_id}".encode()
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little", signed=True)
+
+
+def gumbel(keys: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise [R, C] in float64 for tokens [R, C], a pure function of its arguments.
+
+    Args:
+        keys: [R] `noise_key` of each row's completion.
+        positions: [R] index of the token in its completion.
+        tokens: [R, C] token ids.
+    """
+    row = _mix(keys + positions * _signed(0x9E3779B97F4A7C15))
+    bits = _mix(row[:, None] + (tokens + 2) * _signed(0xD1342543DE82EF95))
+    uniform = (_shift(bits, 12).double() + 0.5) * 2.0**-52
+    return -torch.log(-torch.log(uniform))
+
+
+def sample(
+    logits: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    params: SamplingParams,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a token for each row.
+
+    Args:
+        logits: [R, V] of the model, any float type.
+        keys: [R] `noise_key` of each row's completion.
+        positions: [R] index of the drawn token in its completion.
+        params: temperature 0 takes the most likely token.
+
+    Returns:
+        Tokens [R] (`INVALID_TOKEN` where a row's logits hold NaN or +inf), and their
+        log-probabilities [R] under the model at temperature 1 without filters.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    log_total = logits.logsumexp(-1)
+    if params.temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        tokens = _draw(logits / params.temperature, keys, positions, params)
+    logprobs = logits.gather(-1, tokens[:, None])[:, 0] - log_total
+    return torch.where(log_total.isfinite(), tokens, INVALID_TOKEN), logprobs
+
+
+def _draw(
+    scaled: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, params: SamplingParams
+) -> torch.Tensor:
+    size = scaled.shape[-1]
+    num = min(size, max(NUM_CANDIDATES, params.top_k))
+    log_total = scaled.logsumexp(-1, keepdim=True).double()
+    values, ids = scaled.topk(num)
+    logprobs = values.double() - log_total
+    rest_mass = 1 - logprobs.exp().sum(-1)
+    if num < size and not params.top_k and _reaches_past(logprobs, rest_mass, params):
+        values, ids = scaled.sort(-1, descending=True)
+        logprobs = values.double() - log_total
+        rest_mass = torch.zeros_like(rest_mass)
+    is_filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    if is_filtered:
+        logprobs = _filter(logprobs, params)
+    scores = logprobs + gumbel(keys, positions, ids)
+    best, index = scores.max(-1)
+    tokens = ids.gather(-1, index[:, None])[:, 0]
+    if num < size and not is_filtered:
+        # Without a filter the rest competes as one event.
+        rest_score = rest_mass.clamp(min=0).log() + gumbel(
+            keys, positions, torch.full_like(ids[:, :1], _REST)
+        ).squeeze(-1)
+        for row in (rest_score > best).nonzero()[:, 0].tolist():
+            tokens[row] = _draw_from_rest(scaled[row], ids[row], keys[row], positions[row])
+    return tokens
+
+
+def _reaches_past(
+    logprobs: torch.Tensor, rest_mass: torch.Tensor, params: SamplingParams
+) -> bool:
+    """Whether top-p or min-p may keep tokens beyond the candidates [R, C] in some row."""
+    if params.min_p > 0 and params.top_p == 1:
+        least = logprobs[:, 0] + torch.log(torch.tensor(params.min_p, dtype=torch.float64))
+        return bool((logprobs[:, -1] >= least).any())
+    return params.top_p < 1 and bool((1 - rest_mass < params.top_p).any())
+
+
+def _filter(logprobs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """-inf for what top-k, then top-p, then min-p drop; rows are sorted, the top token stays."""
+    keep = torch.ones_like(logprobs, dtype=torch.bool)
+    if params.top_k:
+        keep[:, params.top_k :] = False
+    if params.top_p < 1:
+        # The mass of what top-k kept is the whole, as in transformers' chain of warpers.
+        probs = torch.where(keep, logprobs.exp(), 0)
+        probs = probs / probs.sum(-1, keepdim=True) if params.top_k else probs
+        keep &= probs.cumsum(-1) - probs < params.top_p
+    if params.min_p:
+        keep &= logprobs.exp() >= params.min_p * logprobs[:, :1].exp()
+    keep[:, 0] = True
+    return logprobs.masked_fill(~keep, float("-inf"))
+
+
+def _draw_from_rest(
+    scaled: torch.Tensor, candidates: torch.Tensor, key: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    """A token [] of the row [V] that is not among its candidates [C]."""
+    tokens = torch.arange(scaled.shape[0], device=scaled.device)
+    scores = scaled.double() + gumbel(key[None], position[None], tokens[None])[0]
+    return scores.index_fill(0, candidates, float("-inf")).argmax()
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(x: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """Logical shift to the right of 64-bit integers."""
+    return (x >> num_bits) & ((1 << (64 - num_bits)) - 1)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014), on signed 64-bit integers."""
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)

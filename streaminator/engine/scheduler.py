@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who runs in which step: admission, affinity, chunked prefill, preemption. No tensors.
+
+Invariants
+- Affinity: a prompt has at most one sequence in flight (running or preempted).
+- Bounded: at most `stream_width` sequences run; blocks never exceed the pool.
+- Longest remaining work first: among prompts not in flight, the one with the most completions
+  left is admitted first, which keeps the tail short.
+- Out of blocks: first the prompt blocks that idle prompts keep are dropped, then the youngest
+  running sequences are preempted; their tokens stay, their keys and values are computed again.
+
+Used by: `engine.Engine`.
+"""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from streaminator.engine.block_manager import BlockManager
+from streaminator.sequence import Prompt, Sequence
+
+
+@dataclass(slots=True, eq=False)
+class _OpenPrompt:
+    prompt: Prompt
+    order: int
+    next_sample: int = 0
+    resident_blocks: list[int] = field(default_factory=list)
+    """Blocks of the prompt's keys and values, kept between its completions."""
+    num_resident_tokens: int = 0
+    prefix_keys: list[bytes] = field(default_factory=list)
+
+    @property
+    def num_left(self) -> int:
+        return len(self.prompt.sample_indices) - self.next_sample
+
+
+class Scheduler:
+    """Decides, before each step, which sequences take part and with how many tokens."""
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        stream_width: int,
+        max_batched_tokens: int,
+        kv_cache: bool,
+        continuous_batching: bool,
+        start: Callable[[Prompt, int], Sequence],
+    ) -> None:
+        """`start(prompt, sample_index)` makes the sequence of a new completion."""
+        self.block_manager = block_manager
+        self.stream_width = stream_width
+        self.running: list[Sequence] = []
+        self._max_batched_tokens = max_batched_tokens
+        self._kv_cache = kv_cache
+        self._continuous_batching = continuous_batching
+        self._start = start
+        self._preempted: list[Sequence] = []
+        self._open: dict[str, _OpenPrompt] = {}
+        self._in_flight: set[str] = set()
+        self._idle: list[tuple[int, int, str]] = []
+        self._num_added = 0
+        self._computing: dict[bytes, str] = {}
+
+    @property
+    def num_open_prompts(self) -> int:
+        """Prompts with completions still to finish."""
+        return len(self._open)
+
+    @property
+    def num_waiting_prompts(self) -> int:
+        """Open prompts that have no sequence in flight."""
+        return len(self._open) - len(self._in_flight)
+
+    def add(self, prompt: Prompt) -> None:
+        """Queue a prompt. Its id must not be open already."""
+        assert prompt.prompt_id not in self._open, f"prompt {prompt.prompt_id} is open already"
+        entry = _OpenPrompt(prompt, order=self._num_added)
+        self._num_added += 1
+        if self._kv_cache:
+            # The last prompt token is always computed: its logits give the first new token.
+            entry.prefix_keys = self.block_manager.prefix_keys(prompt.token_ids[:-1])
+        self._open[prompt.prompt_id] = entry
+        self._push_idle(entry)
+
+    def schedule(self) -> list[Sequence]:
+        """Admit what fits and give every running sequence its tokens and blocks for one step."""
+        self._admit()
+        budget = self._max_batched_tokens
+        index = 0
+        while index < len(self.running):  # it shrinks at its end when sequences are preempted
+            sequence = self.running[index]
+            index += 1
+            num = sequence.num_uncached_tokens
+            if self._kv_cache and num > 1:
+                # Prefill in chunks; decoding (1 token) is never held back by the budget.
+                num = min(num, budget)
+                budget -= num
+            sequence.num_scheduled_tokens = num
+            if num:
+                self._reserve(sequence, sequence.num_cached_tokens + num, may_preempt=True)
+        return [s for s in self.running if s.num_scheduled_tokens]
+
+    def reserve_draft(self, sequence: Sequence, num_draft_tokens: int) -> int:
+        """Blocks for drafts, as far as they are free; returns how many drafts fit."""
+        start = len(sequence.token_ids)
+        if self._reserve(sequence, start + num_draft_tokens, may_preempt=False):
+            return num_draft_tokens
+        return len(sequence.block_table) * self.block_manager.block_size - start
+
+    def commit(self, sequence: Sequence, num_cached_tokens: int) -> None:
+        """Record whose keys and values are valid now; what lies behind is rolled back."""
+        if not self._kv_cache:
+            self._release(sequence)
+            return
+        sequence.num_cached_tokens = num_cached_tokens
+        entry = self._open[sequence.prompt.prompt_id]
+        self._publish(entry, sequence)
+        size = self.block_manager.block_size
+        keep = min(num_cached_tokens, sequence.num_prompt_tokens - 1)
+        if keep > entry.num_resident_tokens:
+            blocks = sequence.block_table[len(entry.resident_blocks) : -(-keep // size)]
+            self.block_manager.share(blocks)
+            entry.resident_blocks.extend(blocks)
+            entry.num_resident_tokens = keep
+
+    def retire(self, sequence: Sequence) -> None:
+        """A completion ended: free its slot; drop the prompt when it was the last one."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        entry = self._open[sequence.prompt.prompt_id]
+        self._in_flight.discard(entry.prompt.prompt_id)
+        self._forget_computing(entry)
+        if entry.num_left:
+            self._push_idle(entry)
+        else:
+            self._drop_resident(entry)
+            del self._open[entry.prompt.prompt_id]
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when a block or a prompt is lost or held twice."""
+        flying = self.running + self._preempted
+        ids = [s.prompt.prompt_id for s in flying]
+        assert len(ids) == len(set(ids)) and set(ids) == self._in_flight, "affinity is broken"
+        tables = [s.block_table for s in flying]
+        tables += [entry.resident_blocks for entry in self._open.values()]
+        self.block_manager.check_integrity(tables)
+
+    def _push_idle(self, entry: _OpenPrompt) -> None:
+        heapq.heappush(self._idle, (-entry.num_left, entry.order, entry.prompt.prompt_id))
+
+    def _admit(self) -> None:
+        if not self._continuous_batching and self.running:
+            return
+        held_back = []
+        while len(self.running) < self.stream_width:
+            if self._preempted:
+                sequence = self._preempted.pop()
+                self._attach_prefix(sequence)
+            elif self._idle:
+                item = heapq.heappop(self._idle)
+                entry = self._open[item[2]]
+                if self._waits_for_preamble(entry):
+                    held_back.append(item)
+                    continue
+                sequence = self._start(entry.prompt, entry.prompt.sample_indices[entry.next_sample])
+                entry.next_sample += 1
+                self._in_flight.add(entry.prompt.prompt_id)
+                self._attach_prefix(sequence)
+            else:
+                break
+            self.running.append(sequence)
+            # A sequence that cannot get its first blocks waits instead of pushing others out.
+            first = min(sequence.num_uncached_tokens, self._max_batched_tokens)
+            if not self._reserve(sequence, sequence.num_cached_tokens + first, may_preempt=False):
+                if len(self.running) > 1:
+                    self._preempt(sequence)
+                break
+        for item in held_back:
+            heapq.heappush(self._idle, item)
+
+    def _waits_for_preamble(self, entry: _OpenPrompt) -> bool:
+        """Whether another sequence is computing the very block this prompt needs next."""
+        if entry.resident_blocks or not self._continuous_batching:
+            return False
+        num_hits = len(self.block_manager.cached_blocks(entry.prefix_keys))
+        missing = entry.prefix_keys[num_hits:]
+        if not missing:
+            return False
+        if self._computing.get(missing[0], entry.prompt.prompt_id) != entry.prompt.prompt_id:
+            return True
+        for key in missing:
+            self._computing.setdefault(key, entry.prompt.prompt_id)
+        return False
+
+    def _attach_prefix(self, sequence: Sequence) -> None:
+        """Start from the prompt's resident blocks, or from a known prefix of it."""
+        entry = self._open[sequence.prompt.prompt_id]
+        if entry.resident_blocks:
+            blocks, num_tokens = entry.resident_blocks, entry.num_resident_tokens
+        else:
+            blocks = self.block_manager.cached_blocks(entry.prefix_keys)
+            num_tokens = len(blocks) * self.block_manager.block_size
+        self.block_manager.share(blocks)
+        # The last resident block may be part prompt, part completion. Only one sequence of a
+        # prompt is ever in flight, so it is written in place, without a copy.
+        sequence.block_table = list(blocks)
+        sequence.num_cached_tokens = num_tokens
+
+    def _publish(self, entry: _OpenPrompt, sequence: Sequence) -> None:
+        size = self.block_manager.block_size
+        num_full = min(sequence.num_cached_tokens // size, len(entry.prefix_keys))
+        for index in range(entry.num_resident_tokens // size, num_full):
+            key = entry.prefix_keys[index]
+            self.block_manager.publish(sequence.block_table[index], key)
+            self._computing.pop(key, None)
+
+    def _forget_computing(self, entry: _OpenPrompt) -> None:
+        for key in entry.prefix_keys:
+            if self._computing.get(key) == entry.prompt.prompt_id:
+                del self._computing[key]
+
+    def _reserve(self, sequence: Sequence, num_tokens: int, *, may_preempt: bool) -> bool:
+        """Grow the block table to hold `num_tokens` tokens; False when blocks ran out."""
+        manager = self.block_manager
+        missing = manager.num_blocks_for(num_tokens) - len(sequence.block_table)
+        if missing <= 0:
+            return True
+        while missing > manager.num_free:
+            if self._drop_idle_resident():
+                continue
+            victim = self.running[-1]
+            if not may_preempt:
+                return False
+            assert victim is not sequence or len(self.running) > 1, "pool below one sequence"
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.block_table.extend(manager.allocate(missing))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        entry = self._open[sequence.prompt.prompt_id]
+        self._drop_resident(entry)
+        self._forget_computing(entry)
+        self._preempted.append(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.block_manager.free(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_cached_tokens = 0
+        sequence.num_scheduled_tokens = 0
+
+    def _drop_idle_resident(self) -> bool:
+        """Give up one idle prompt's resident blocks; False when there are none."""
+        for entry in self._open.values():
+            if entry.resident_blocks and entry.prompt.prompt_id not in self._in_flight:
+                self._drop_resident(entry)
+                return True
+        return False
+
+    def _drop_resident(self, entry: _OpenPrompt) -> None:
+        self.block_manager.free(entry.resident_blocks)
+        entry.resident_blocks = []
+        entry.num_resident_tokens = 0

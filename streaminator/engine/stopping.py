@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a completion ends, and its text.
+
+Used by: `engine.Engine`.
+"""
+
+from typing import TYPE_CHECKING
+
+from streaminator.config import SamplingParams
+from streaminator.sequence import FinishReason, Sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class StopChecker:
+    """End-of-text tokens, stop token ids, stop strings and the length limit."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        eos_token_ids: set[int],
+        tokenizer: "PreTrainedTokenizerBase | None",
+    ) -> None:
+        """`tokenizer` None: no text, and stop strings are not allowed."""
+        assert tokenizer is not None or not params.stop
+        self._tokenizer = tokenizer
+        self._stop = params.stop
+        self._stop_token_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            self._stop_token_ids |= eos_token_ids
+        # A stop string ends in the newest token, so it lies within so many last ones: every
+        # token but a byte of a character, or a special one, adds at least one byte of text.
+        self._window = max((len(s.encode()) for s in params.stop), default=0) + 8
+
+    def check(self, sequence: Sequence) -> FinishReason | None:
+        """Why the sequence ends at its last token, or None if it goes on."""
+        if sequence.token_ids[-1] in self._stop_token_ids:
+            return FinishReason.STOP
+        if self._stop:
+            start = max(len(sequence.token_ids) - self._window, sequence.num_prompt_tokens)
+            tail = self._decode(sequence.token_ids[start:])
+            if any(stop in tail for stop in self._stop):
+                return FinishReason.STOP
+        if len(sequence.token_ids) >= sequence.max_num_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def text(self, sequence: Sequence) -> str:
+        """The completion without special tokens, cut before the first stop string."""
+        if self._tokenizer is None:
+            return ""
+        text = self._decode(sequence.completion_token_ids)
+        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        return text[: min(found)] if found else text
+
+    def _decode(self, token_ids: list[int]) -> str:
+        assert self._tokenizer is not None
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)  # type: ignore[return-value]

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What travels through the stream: `Prompt` in, `Sequence` in flight, `Completion` out.
+
+Used by: everything. No torch.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """An end-of-text token, a stop token id or a stop string."""
+    LENGTH = "length"
+    """`max_length`, or the model's context is full."""
+    FAILED = "failed"
+    """It could not be drawn; `Completion.error` says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One input with the completions still to draw for it: the unit of work."""
+
+    prompt_id: str
+    """Stable id; part of the key of the sampling noise."""
+    token_ids: tuple[int, ...]
+    text: str
+    """The prompt as the model sees it, template and examples included."""
+    question: str
+    gold_answer: str | None = None
+    """The dataset's answer text, unparsed; None: not graded."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """Columns copied into the output, as text."""
+    sample_indices: tuple[int, ...] = (0,)
+    """Completions to draw, in this order."""
+    finished: tuple[tuple[int, ...], ...] = ()
+    """Token ids of completions drawn before; the speculator learns from them."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A completion in flight. Only the engine changes it."""
+
+    prompt: Prompt
+    sample_index: int
+    token_ids: list[int]
+    """Prompt and completion."""
+    noise_key: int
+    """Signed 64-bit key of this completion's sampling noise."""
+    max_num_tokens: int
+    """Length of prompt and completion at which it ends."""
+    started_at: float
+    """Seconds since the epoch."""
+    block_table: list[int] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    """Tokens whose keys and values are in the cache."""
+    num_scheduled_tokens: int = 0
+    """Known tokens to compute in the current step, drafts not counted."""
+    draft: list[int] = field(default_factory=list)
+    """Tokens to verify in the current step."""
+    logprobs: list[float] = field(default_factory=list)
+    from_draft: list[bool] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    """Per decoding step: tokens drafted."""
+    accepted: list[int] = field(default_factory=list)
+    """Per decoding step: drafted tokens accepted."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt.token_ids)
+
+    @property
+    def completion_token_ids(self) -> list[int]:
+        """Tokens drawn so far."""
+        return self.token_ids[len(self.prompt.token_ids) :]
+
+    @property
+    def num_uncached_tokens(self) -> int:
+        """Known tokens whose keys and values are still to be computed."""
+        return len(self.token_ids) - self.num_cached_tokens
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the current step reaches the last known token, so that a new one is drawn."""
+        return self.num_scheduled_tokens == self.num_uncached_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """A finished (or failed) completion, as it is written out."""
+
+    prompt: Prompt
+    sample_index: int
+    token_ids: list[int]
+    text: str
+    """Decoded without special tokens, cut before a stop string."""
+    finish_reason: FinishReason
+    logprobs: list[float]
+    """Log-probability of each token under the model at temperature 1, unfiltered."""
+    from_draft: list[bool]
+    """One per token: whether it came from an accepted draft."""
+    drafted: list[int]
+    """Per decoding step: tokens drafted."""
+    accepted: list[int]
+    """Per decoding step: drafted tokens accepted."""
+    started_at: float
+    """Seconds since the epoch."""
+    finished_at: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """One engine step, as it is written out."""
+
+    time: float
+    """Seconds since the epoch, at the end of the step."""
+    num_running: int
+    """Slots in use."""
+    num_prefill_tokens: int
+    """Prompt (or recomputed) tokens whose keys and values were computed."""
+    num_decode_tokens: int
+    """Sequences for which a token was drawn."""
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_new_tokens: int
+    """Tokens added to completions."""
+    seconds_schedule: float
+    seconds_draft: float
+    seconds_pack: float
+    seconds_forward: float
+    seconds_sample: float
+    seconds_verify: float
+    seconds_commit: float
+    """Commit and retire."""
+    num_blocks_used: int
+    device_memory: int
+    """Bytes in use: torch's on a GPU, the process's resident set on a CPU."""

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speculators of all open prompts, within a stated memory.
+
+Invariants
+- A speculator sees its own prompt's tokens only, each text once.
+- Bounded: above `max_bytes` the least recently used speculators are dropped; a dropped one
+  starts again from its prompt. That costs acceptance, never a token.
+
+Used by: `engine.Engine`.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence as Seq
+
+from streaminator.config import SpeculatorConfig
+from streaminator.sequence import Prompt
+from streaminator.speculative.ngram import NGramSpeculator
+from streaminator.speculative.speculator import Speculator
+
+
+class SpeculatorStore:
+    """prompt_id -> speculator; decides what each is trained on."""
+
+    def __init__(self, config: SpeculatorConfig) -> None:
+        self._config = config
+        self._max_bytes = config.speculator_memory << 20
+        self._speculators: OrderedDict[str, Speculator] = OrderedDict()
+        self.num_bytes = 0
+        """Memory of all speculators, approximately."""
+
+    def draft(self, prompt: Prompt, token_ids: Seq[int], max_tokens: int) -> list[int]:
+        """Draft for a sequence of `prompt` whose known tokens are `token_ids`."""
+        return self._get(prompt).draft(token_ids, max_tokens)
+
+    def observe(self, prompt: Prompt, completion_token_ids: Seq[int]) -> None:
+        """A completion of `prompt` has finished."""
+        if self._config.generation_training:
+            speculator = self._get(prompt)
+            self.num_bytes -= speculator.num_bytes
+            speculator.observe(completion_token_ids)
+            self.num_bytes += speculator.num_bytes
+            self._shrink()
+
+    def drop(self, prompt: Prompt) -> None:
+        """All completions of `prompt` are done."""
+        speculator = self._speculators.pop(prompt.prompt_id, None)
+        if speculator is not None:
+            self.num_bytes -= speculator.num_bytes
+
+    def _get(self, prompt: Prompt) -> Speculator:
+        speculator = self._speculators.get(prompt.prompt_id)
+        if speculator is None:
+            speculator = self._make(prompt)
+            self._speculators[prompt.prompt_id] = speculator
+            self.num_bytes += speculator.num_bytes
+            self._shrink()
+        self._speculators.move_to_end(prompt.prompt_id)
+        return speculator
+
+    def _make(self, prompt: Prompt) -> Speculator:
+        speculator = NGramSpeculator(self._config.ngram_order)
+        if self._config.prompt_training:
+            speculator.observe(prompt.token_ids)
+        if self._config.generation_training:
+            for token_ids in prompt.finished:
+                speculator.observe(token_ids)
+        return speculator
+
+    def _shrink(self) -> None:
+        while self.num_bytes > self._max_bytes and len(self._speculators) > 1:
+            _, dropped = self._speculators.popitem(last=False)
+            self.num_bytes -= dropped.num_bytes
