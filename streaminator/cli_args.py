@@ -11,7 +11,7 @@ import argparse
 import difflib
 import tomllib
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -19,35 +19,48 @@ from typing import Any, NoReturn, get_args
 from streaminator.config import JobConfig, settings
 from streaminator.errors import ConfigError
 
+_DESCRIPTION = "Draw many completions per prompt; every setting is a flag."
+
 
 class _Parser(argparse.ArgumentParser):
+    @property
+    def flags(self) -> list[str]:
+        return [flag for flag in self._option_string_actions if flag.startswith("--")]
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message.replace("argument ", "", 1))
 
 
-def parse(argv: Sequence[str], *, program: str, without: Sequence[str] = ()) -> tuple[
-    JobConfig, argparse.Namespace
-]:
+def parse(
+    argv: Sequence[str],
+    *,
+    program: str,
+    without: Sequence[str] = (),
+    extra: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> tuple[JobConfig, argparse.Namespace]:
     """Parse `argv` into the job's settings and the few flags that are not settings.
 
     Args:
         argv: the words after the program's name.
         program: name shown in the usage text.
         without: groups of settings this program does not have (for example "cluster").
+        extra: adds the flags that only this program has.
 
     Returns:
-        The configuration, and a namespace with `dry_run`.
+        The configuration, and a namespace with `dry_run` and the program's own flags.
 
     Raises:
         ConfigError: unknown flag or key (with the nearest name), or a value that is not allowed.
     """
     known = {s.name: s for group, s in settings() if group not in without}
     parser = _parser(program, known)
+    if extra is not None:
+        extra(parser)
     words = [_underscored(word) for word in argv]
     # Whatever argparse cannot place is a typo: name the nearest flag instead of a usage text.
     namespace, rest = parser.parse_known_args(words)
     if rest:
-        _unknown(rest[0], known)
+        _unknown(rest[0], parser.flags)
     given = vars(namespace)
     values = _load_toml(Path(given["config"]), known) if given["config"] else {}
     for name, setting in known.items():
@@ -58,7 +71,7 @@ def parse(argv: Sequence[str], *, program: str, without: Sequence[str] = ()) -> 
 
 
 def _parser(program: str, known: dict[str, Field]) -> _Parser:
-    parser = _Parser(prog=program, allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser = _Parser(prog=program, allow_abbrev=False, description=_DESCRIPTION)
     parser.add_argument("--config", metavar="FILE.toml", help="settings to start from")
     parser.add_argument(
         "--dry_run", action="store_true", help="print the resolved settings and exit"
@@ -91,12 +104,11 @@ def _underscored(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value
 
 
-def _unknown(word: str, known: dict[str, Field]) -> NoReturn:
+def _unknown(word: str, flags: Sequence[str]) -> NoReturn:
     if not word.startswith("-"):
         raise ConfigError(f"unexpected word {word!r}: every setting is given as --name value")
     name = word.partition("=")[0]
-    flags = [f"--{n}" for n in known] + [f"--no_{n}" for n, s in known.items() if s.type is bool]
-    raise ConfigError(f"unknown flag {name}{_nearest(name, [*flags, '--config', '--dry_run'])}")
+    raise ConfigError(f"unknown flag {name}{_nearest(name, flags)}")
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

@@ -153,7 +153,9 @@ class EngineConfig:
             "a multiple of 16",
         )
         _require(
-            self.num_blocks is None or self.num_blocks >= 2, "num_blocks", self.num_blocks,
+            self.num_blocks is None or self.num_blocks >= 2,
+            "num_blocks",
+            self.num_blocks,
             "2 or more",
         )
 
@@ -252,14 +254,11 @@ class JobConfig:
 
         Raises: ConfigError for a value that is not allowed.
         """
-        return cls(
-            **{
-                group.name: group.type(
-                    **{f.name: values[f.name] for f in fields(group.type) if f.name in values}
-                )
-                for group in fields(cls)
-            }
-        )
+        groups = {
+            name: kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+            for name, kind in _GROUPS.items()
+        }
+        return cls(**groups)
 
     def flat(self) -> dict[str, Any]:
         """`{setting: value}` of every setting, as JSON can hold it."""
@@ -270,11 +269,22 @@ class JobConfig:
         return result
 
 
+_GROUPS: dict[str, Any] = {
+    "sampling": SamplingParams,
+    "model": ModelConfig,
+    "data": DataConfig,
+    "engine": EngineConfig,
+    "speculator": SpeculatorConfig,
+    "cluster": ClusterConfig,
+    "run": RunConfig,
+}
+
+
 def settings() -> Iterator[tuple[str, Field]]:
     """(group, field) of every setting, in the order of the help text."""
-    for group in fields(JobConfig):
-        for setting in fields(group.type):
-            yield group.name, setting
+    for name, kind in _GROUPS.items():
+        for setting in fields(kind):
+            yield name, setting
 
 
 def token_settings() -> set[str]:

@@ -38,6 +38,10 @@ class RunMismatchError(InputError):
     """A run id is taken by a run whose recorded configuration would give other tokens."""
 
 
+class RunBusyError(InputError):
+    """Another process is writing the run."""
+
+
 class OutputError(StreaminatorError, OSError):
     """Results cannot be written or read back."""
 

@@ -160,7 +160,8 @@ def _attend(
     ]
     if len(parts) == 1:
         return parts[0][0]
-    log_sums = torch.stack([log_sum for _, log_sum in parts])
+    # In double precision: on tensors this small, exp's last bit depends on their shape.
+    log_sums = torch.stack([log_sum for _, log_sum in parts]).double()
     weights = (log_sums - log_sums.amax(0)).exp()[..., None]
     result = parts[0][0] * weights[0]
     for weight, (part, _) in zip(weights[1:], parts[1:], strict=True):

@@ -207,9 +207,7 @@ class Engine:
         self.scheduler.commit(sequence, cached + max(len(drawn) - 1, 0))
         return None, None
 
-    def _retire(
-        self, sequence: Sequence, reason: FinishReason, error: str | None
-    ) -> Completion:
+    def _retire(self, sequence: Sequence, reason: FinishReason, error: str | None) -> Completion:
         completion = self._completion(sequence, reason, error)
         if self._speculator_config.spec_decoding and reason is not FinishReason.FAILED:
             self.store.observe(sequence.prompt, completion.token_ids)

@@ -7,6 +7,7 @@ Used by: `engine.Engine`, `streaminator.session`.
 import os
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 # Read by MKL at its first call: products whose rows do not depend on how many rows there are,
 # nor on the number of threads. Costs nothing from about 8 rows on.
@@ -99,7 +100,8 @@ class ModelRunner:
         """
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        self.model = _load_model(config, self.dtype).to(self.device).eval()
+        self.model: Any = _load_model(config, self.dtype)
+        self.model.to(self.device).eval()
         self.shapes = self._probe()
         self.cache: KVCache | None = None
 
@@ -111,7 +113,7 @@ class ModelRunner:
     @property
     def vocab_size(self) -> int:
         """Rows of the token embedding."""
-        return self.model.get_input_embeddings().num_embeddings  # type: ignore[return-value]
+        return self.model.get_input_embeddings().num_embeddings
 
     @property
     def eos_token_ids(self) -> set[int]:

@@ -106,9 +106,7 @@ def _draw(
     return tokens
 
 
-def _reaches_past(
-    logprobs: torch.Tensor, rest_mass: torch.Tensor, params: SamplingParams
-) -> bool:
+def _reaches_past(logprobs: torch.Tensor, rest_mass: torch.Tensor, params: SamplingParams) -> bool:
     """Whether top-p or min-p may keep tokens beyond the candidates [R, C] in some row."""
     if params.min_p > 0 and params.top_p == 1:
         least = logprobs[:, 0] + torch.log(torch.tensor(params.min_p, dtype=torch.float64))

@@ -142,7 +142,8 @@ class Scheduler:
         """Raise AssertionError when a block or a prompt is lost or held twice."""
         flying = self.running + self._preempted
         ids = [s.prompt.prompt_id for s in flying]
-        assert len(ids) == len(set(ids)) and set(ids) == self._in_flight, "affinity is broken"
+        assert len(ids) == len(set(ids)), "two sequences of one prompt are in flight"
+        assert set(ids) == self._in_flight, "affinity is broken"
         tables = [s.block_table for s in flying]
         tables += [entry.resident_blocks for entry in self._open.values()]
         self.block_manager.check_integrity(tables)

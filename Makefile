@@ -1,0 +1,36 @@
+# Everything runs in .venv, made on first use from pyproject.toml with the versions of
+# constraints.txt. Needs Python >= 3.11 and make; the network only for the first use.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup sample test lint bench wheel clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python >= 3.11 is needed: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,wandb,dev]'
+	@touch $@
+
+# The bundled model on the bundled problems; flags in ARGS, for example ARGS="--num_workers 0".
+sample: setup
+	$(BIN)/python -m jobs.sample $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m jobs.benchmark $(ARGS)
+
+wheel: setup
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean:
+	rm -rf .venv dist

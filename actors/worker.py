@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library's `Session` as a Ray actor.
+
+A plain class: `ray.remote(num_gpus=...)(SamplerWorker)` at the call site makes it an actor.
+
+Used by: `actors.pool`.
+"""
+
+import os
+from collections.abc import Sequence
+
+import ray
+
+from streaminator.config import JobConfig
+from streaminator.pool import SLICE_SECONDS, OpenRun
+from streaminator.sequence import Prompt
+from streaminator.session import Session, WorkResult
+
+
+class SamplerWorker:
+    """One stream on one device, in its own process."""
+
+    def __init__(self, config: JobConfig, worker: int, num_threads: int | None) -> None:
+        """Load the model. Raises: InputError, which Ray hands to the driver."""
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        self._session = Session(config, num_threads=num_threads)
+        self._worker = worker
+
+    @ray.method
+    def device_name(self) -> str:
+        """The device it runs on."""
+        return self._session.device_name
+
+    @ray.method
+    def open(self, run: OpenRun) -> None:
+        """Open the run."""
+        self._session.open(
+            run.uri,
+            worker_id=f"worker-{self._worker}",
+            attempt=run.attempt,
+            max_prompt_length=run.max_prompt_length,
+        )
+
+    @ray.method
+    def work(self, prompts: Sequence[Prompt], min_open_prompts: int) -> WorkResult:
+        """Take in prompts and run the stream for a slice of time."""
+        return self._session.work(
+            prompts, min_open_prompts=min_open_prompts, max_seconds=SLICE_SECONDS
+        )
+
+    @ray.method
+    def close(self) -> None:
+        """Write out what is finished."""
+        self._session.close()

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connect to a Ray cluster, or start one on this machine.
+
+Used by: `jobs.sample`.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from streaminator.errors import ConfigError
+
+
+@contextmanager
+def connect(address: str | None) -> Iterator[None]:
+    """A connection for the `with` block: to `address`, to the cluster this job was submitted to,
+    or to a Ray of its own on this machine.
+
+    Raises: ConfigError when the address does not answer.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    is_submitted = "RAY_ADDRESS" in os.environ
+    try:
+        if address is None and not is_submitted:
+            ray.init(include_dashboard=False, logging_level=logging.ERROR, configure_logging=False)
+        else:
+            ray.init(address=address or "auto", logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = address or os.environ.get("RAY_ADDRESS", "local")
+        line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"--address {where}: no Ray answers there ({line})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The closing table of a run, computed from its Parquet with SQL.
+
+Invariants
+- Nothing comes from the memory of the process that sampled: a summary of a finished, a partial
+  and an empty run is made the same way, at any time, also while the run is written.
+- A figure without data is None, not 0. Completions that were not graded count in no accuracy.
+
+Used by: the command lines at the end of a run, `streaminator.wandb_log`.
+"""
+
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+from pyarrow import fs as pafs
+
+from streaminator.data.files import join_uri, list_parts, reason, resolve
+from streaminator.data.parquet import COMPLETIONS, STEPS
+from streaminator.errors import OutputError
+from streaminator.run_record import RunRecord, read_record
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+PHASES = ("schedule", "draft", "pack", "forward", "sample", "verify", "commit")
+_MAX_REASONS = 3
+
+_COMPLETIONS_SQL = """
+    SELECT count(DISTINCT prompt_id), count(*), count(*) FILTER (finish_reason = 'failed'),
+           coalesce(sum(num_completion_tokens), 0), count(is_correct), avg(is_correct::INT)
+    FROM completions"""
+_REASONS_SQL = f"""
+    SELECT coalesce(error, 'no reason recorded'), count(*) FROM completions
+    WHERE finish_reason = 'failed' GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT {_MAX_REASONS}"""
+_ACCEPTANCE = "sum(num_accepted_tokens) / nullif(sum(num_draft_tokens), 0)"
+_TOKENS_PER_STEP = "sum(num_completion_tokens) / nullif(sum(num_steps), 0)"
+_GENERATIONS_SQL = f"""
+    SELECT sample_index, count(*), {_ACCEPTANCE}, {_TOKENS_PER_STEP} FROM completions
+    GROUP BY GROUPING SETS ((sample_index), ()) ORDER BY sample_index NULLS LAST"""
+_GRADED_SQL = """
+    SELECT list(answer ORDER BY sample_index), list(is_correct ORDER BY sample_index)
+    FROM completions WHERE is_correct IS NOT NULL GROUP BY prompt_id"""
+_STEP_SECONDS = " + ".join(f"seconds_{phase}" for phase in PHASES)
+_WALL_SQL = f"""
+    SELECT sum(seconds) FROM (
+        SELECT max(until) - min(since) AS seconds FROM (
+            SELECT attempt, epoch(started_at) AS since, epoch(finished_at) AS until
+            FROM completions
+            UNION ALL
+            SELECT attempt_id, epoch(time) - ({_STEP_SECONDS}), epoch(time) FROM steps)
+        GROUP BY attempt)"""
+_UTILIZATION_SQL = """
+    SELECT avg(num_running / width) FROM steps
+    JOIN (SELECT unnest($attempts) AS attempt_id, unnest($widths) AS width) USING (attempt_id)"""
+_PHASES_SQL = f"""
+    SELECT {", ".join(f"sum(seconds_{p}) / nullif(sum({_STEP_SECONDS}), 0)" for p in PHASES)}
+    FROM steps"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """The completions that were drawn n-th for their prompts."""
+
+    sample_index: int
+    num_completions: int
+    acceptance_rate: float | None
+    tokens_per_step: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a run has produced so far."""
+
+    path: str
+    num_prompts: int
+    num_completions: int
+    """Failed ones included."""
+    num_failed: int
+    failures: dict[str, int]
+    """The most frequent reasons, with how often each occurred."""
+    num_tokens: int
+    wall_seconds: float
+    """From first to last, summed over the attempts."""
+    tokens_per_second: float | None
+    num_graded: int
+    accuracy: float | None
+    pass_at_k: dict[int, float]
+    majority_at_k: dict[int, float]
+    acceptance_rate: float | None
+    """Accepted / drafted tokens."""
+    tokens_per_step: float | None
+    generations: list[Generation]
+    stream_utilization: float | None
+    """Mean of running slots / stream width over all steps."""
+    phase_shares: dict[str, float]
+    """Share of the step time spent in each phase."""
+
+    @property
+    def query(self) -> str:
+        """A shell command that asks DuckDB for the acceptance rate by generation."""
+        files = join_uri(self.path, "completions", "*.parquet").partition("?")[0]
+        sql = (
+            "SELECT sample_index, sum(num_accepted_tokens)/sum(num_draft_tokens) AS acceptance "
+            f"FROM '{files.replace(chr(39), chr(39) * 2)}' GROUP BY 1 ORDER BY 1"
+        )
+        is_plain = not set(sql) & set('"$`\\!')
+        return f'duckdb -c "{sql}"' if is_plain else f"duckdb -c {shlex.quote(sql)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        result = asdict(self)
+        for name in ("pass_at_k", "majority_at_k"):
+            result[name] = {str(k): value for k, value in result[name].items()}
+        return result | {"query": self.query}
+
+
+def summarise(run: str | Path) -> Summary:
+    """Summarise the run in a folder or URI.
+
+    Raises: OutputError when there is no run, or it cannot be read.
+    """
+    import duckdb
+
+    filesystem, path = resolve(str(run))
+    record = read_record(filesystem, path)
+    tables = {name: list_parts(filesystem, f"{path}/{name}") for name in ("completions", "steps")}
+    if record is None and not any(tables.values()):
+        raise OutputError(f"{run}: no run here (neither run.json nor results)")
+    try:
+        with duckdb.connect() as connection:
+            _view(connection, "completions", filesystem, tables["completions"], COMPLETIONS)
+            _view(connection, "steps", filesystem, tables["steps"], STEPS)
+            return _compute(connection, str(run) if "://" in str(run) else path, record)
+    except (duckdb.Error, OSError, pa.ArrowException) as error:
+        raise OutputError(f"{path}: cannot be summarised: {reason(error)}") from error
+
+
+def _view(
+    connection: "DuckDBPyConnection",
+    name: str,
+    filesystem: pafs.FileSystem,
+    parts: list[str],
+    schema: pa.Schema,
+) -> None:
+    is_local = isinstance(filesystem, pafs.LocalFileSystem)
+    if parts and is_local and not any(set(part) & set("*?[") for part in parts):
+        files = ", ".join("'" + part.replace("'", "''") + "'" for part in parts)
+        connection.execute(
+            f"CREATE VIEW {name} AS FROM read_parquet([{files}], hive_partitioning = false)"
+        )
+    elif parts:
+        connection.register(name, ds.dataset(parts, format="parquet", filesystem=filesystem))
+    else:
+        connection.register(name, schema.empty_table())
+
+
+def _compute(connection: "DuckDBPyConnection", path: str, record: RunRecord | None) -> Summary:
+    def row(sql: str, parameters: object = None) -> tuple[Any, ...]:
+        return connection.execute(sql, parameters).fetchall()[0]
+
+    prompts, completions, failed, tokens, num_graded, accuracy = row(_COMPLETIONS_SQL)
+    *generations, total = connection.execute(_GENERATIONS_SQL).fetchall()
+    (wall,) = row(_WALL_SQL)
+    widths = _stream_widths(record)
+    (utilization,) = row(
+        _UTILIZATION_SQL, {"attempts": list(widths), "widths": list(widths.values())}
+    )
+    shares = dict(zip(PHASES, row(_PHASES_SQL), strict=True))
+    pass_at_k, majority_at_k = _at_k(connection.execute(_GRADED_SQL).fetchall())
+    return Summary(
+        path=path,
+        num_prompts=prompts,
+        num_completions=completions,
+        num_failed=failed,
+        failures=dict(connection.execute(_REASONS_SQL).fetchall()),
+        num_tokens=tokens,
+        wall_seconds=wall or 0.0,
+        tokens_per_second=tokens / wall if wall else None,
+        num_graded=num_graded,
+        accuracy=accuracy,
+        pass_at_k=pass_at_k,
+        majority_at_k=majority_at_k,
+        acceptance_rate=total[2],
+        tokens_per_step=total[3],
+        generations=[
+            Generation(
+                sample_index=index,
+                num_completions=count,
+                acceptance_rate=acceptance,
+                tokens_per_step=tokens_per_step,
+            )
+            for index, count, acceptance, tokens_per_step in generations
+        ],
+        stream_utilization=utilization,
+        phase_shares={name: share for name, share in shares.items() if share is not None},
+    )
+
+
+def _stream_widths(record: RunRecord | None) -> dict[int, int]:
+    attempts = record.attempts if record else []
+    return {attempt["attempt"]: attempt["settings"]["stream_width"] for attempt in attempts}
+
+
+def _at_k(graded: list[tuple[list[str | None], list[bool]]]) -> tuple[dict, dict]:
+    if not graded:
+        return {}, {}
+    from streaminator.grading import majority_at_k, pass_at_k
+
+    most = max(len(is_correct) for _, is_correct in graded)
+    passed, majority = {}, {}
+    for k in sorted({2**i for i in range(most.bit_length())} | {most}):
+        enough = [(answers, correct) for answers, correct in graded if len(correct) >= k]
+        passed[k] = sum(pass_at_k(len(c), sum(c), k) for _, c in enough) / len(enough)
+        majority[k] = sum(majority_at_k(a, c, k) for a, c in enough) / len(enough)
+    return passed, majority
+
+
+def render(summary: Summary) -> str:
+    """The closing table as plain text, one figure a line."""
+    s = summary
+    lines = [
+        ("prompts", f"{s.num_prompts:,}"),
+        ("completions", f"{s.num_completions:,}"),
+        ("failed", f"{s.num_failed:,}"),
+        *(("", f"{count:,} x {why.splitlines()[0]}") for why, count in s.failures.items()),
+        ("tokens", f"{s.num_tokens:,}"),
+        ("wall time", f"{s.wall_seconds:,.1f} s"),
+        ("tokens per second", _number(s.tokens_per_second, ",.1f")),
+        ("accuracy", f"{_number(s.accuracy, '.1%')} of {s.num_graded:,} graded"),
+        *(
+            (f"pass@{k}", f"{value:.1%}, majority@{k} {s.majority_at_k[k]:.1%}")
+            for k, value in s.pass_at_k.items()
+        ),
+        ("acceptance rate", _number(s.acceptance_rate, ".1%")),
+        ("tokens per step", _number(s.tokens_per_step, ".2f")),
+        *(
+            (
+                f"  generation {g.sample_index + 1}",
+                f"{_number(g.acceptance_rate, '.1%')} accepted, "
+                f"{_number(g.tokens_per_step, '.2f')} tokens per step",
+            )
+            for g in _shown(s.generations)
+        ),
+        ("stream utilization", _number(s.stream_utilization, ".1%")),
+        ("step time", ", ".join(f"{k} {v:.1%}" for k, v in s.phase_shares.items()) or "-"),
+        ("results", join_uri(s.path, "completions")),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in lines), "", s.query])
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _shown(generations: list[Generation]) -> list[Generation]:
+    last = len(generations) - 1
+    return [g for i, g in enumerate(generations) if last < 16 or i == last or (i + 1) & i == 0]
