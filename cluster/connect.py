@@ -6,6 +6,7 @@ Used by: `jobs.sample`.
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,16 +24,25 @@ def connect(address: str | None) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     is_submitted = "RAY_ADDRESS" in os.environ
+    where = address or os.environ.get("RAY_ADDRESS", "a local Ray")
     try:
+        if address is not None:
+            _knock(address)
         if address is None and not is_submitted:
             ray.init(include_dashboard=False, logging_level=logging.ERROR, configure_logging=False)
         else:
             ray.init(address=address or "auto", logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = address or os.environ.get("RAY_ADDRESS", "local")
-        line = str(error).strip().splitlines()[0]
+    except (OSError, RuntimeError, ValueError) as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"--address {where}: no Ray answers there ({line})") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Ask for a TCP connection first: Ray itself would try for minutes. Raises: OSError."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()

@@ -55,8 +55,13 @@ def resolve(config: JobConfig) -> JobConfig:
     return replace(config, model=replace(config.model, device=str(device), dtype=dtype))
 
 
-def main_program(name: str, body: Callable[[Sequence[str]], int]) -> int:
-    """Run a command line: our own exceptions become one line and an exit code (see `errors`)."""
+def main_program(
+    name: str, body: Callable[[Sequence[str]], int], *, advice: str = "; the same command resumes"
+) -> int:
+    """Run a command line: our own exceptions become one line and an exit code (see `errors`).
+
+    `advice` follows the message where the program was stopped on its way.
+    """
     # Progress bars and advice of libraries would drown our own lines.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -67,13 +72,13 @@ def main_program(name: str, body: Callable[[Sequence[str]], int]) -> int:
         sys.stderr.write(f"{name}: {error}\n")
         return 2
     except StreaminatorError as error:
-        sys.stderr.write(f"{name}: {error}; the same command resumes\n")
+        sys.stderr.write(f"{name}: {error}{advice}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write(f"{name}: interrupted; the same command resumes\n")
+        sys.stderr.write(f"{name}: interrupted{advice}\n")
         return 130
     except BaseException as error:
         if type(error).__name__ != "Terminated":
             raise
-        sys.stderr.write(f"{name}: terminated; the same command resumes\n")
+        sys.stderr.write(f"{name}: terminated{advice}\n")
         return 143

@@ -46,7 +46,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Raises: ConfigError naming the setting and the allowed range."""
-        _require(self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _require(
+            self.temperature == 0 or self.temperature >= 1e-4,
+            "temperature",
+            self.temperature,
+            "0 (greedy), or 0.0001 and more",
+        )
         _require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")

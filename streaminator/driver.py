@@ -30,7 +30,7 @@ from streaminator.config import JobConfig
 from streaminator.data.files import clean_temp_files, hold
 from streaminator.data.parquet import completions_schema, read_finished
 from streaminator.data.prompts import load_prompts
-from streaminator.engine.model_runner import load_tokenizer, model_fingerprint
+from streaminator.engine.checkpoint import check_model, load_tokenizer, model_fingerprint
 from streaminator.errors import DataError, StreaminatorError
 from streaminator.pool import OpenRun, Pool
 from streaminator.progress import Progress
@@ -56,6 +56,7 @@ def sample(config: JobConfig, make_pool: Callable[[JobConfig], Pool]) -> Summary
         StreaminatorError: the run could not go on; what is finished is on disk.
     """
     run_id = resolve_run_id(config)
+    check_model(config.model)
     completions_schema(config.data.metadata_columns)  # refuses names that are taken
     tokenizer = load_tokenizer(config.model)
     prompts = list(load_prompts(config.data, tokenizer))

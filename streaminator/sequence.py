@@ -60,6 +60,8 @@ class Sequence:
     """Known tokens to compute in the current step, drafts not counted."""
     draft: list[int] = field(default_factory=list)
     """Tokens to verify in the current step."""
+    may_draft: bool = True
+    """False once a draft led the model to logits that are not finite."""
     logprobs: list[float] = field(default_factory=list)
     from_draft: list[bool] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)

@@ -25,8 +25,9 @@ from streaminator.data.parquet import (
     completions_schema,
     step_row,
 )
+from streaminator.engine.checkpoint import load_tokenizer
 from streaminator.engine.engine import Engine
-from streaminator.engine.model_runner import ModelRunner, load_tokenizer
+from streaminator.engine.model_runner import ModelRunner
 from streaminator.grading import make_grader
 from streaminator.progress import Report
 from streaminator.sequence import Completion, FinishReason, Prompt

@@ -108,7 +108,7 @@ def _attend_group(
         .permute(0, 2, 3, 1, 4)
         .reshape(num_sequences, num_kv_heads, num_groups * num_queries, -1)
     )
-    mask = _mask(group, key.shape[2], window, query.dtype).repeat(1, 1, num_groups, 1)
+    mask = _mask(group, key.shape[2], num_groups, window, query.dtype)
     result = _attend(packed, key, value, mask, scale, softcap)
     rows = (
         result.view(num_sequences, num_kv_heads, num_groups, num_queries, -1)
@@ -122,18 +122,20 @@ def _attend_group(
 
 
 def _mask(
-    group: AttentionGroup, num_keys: int, window: int | None, dtype: torch.dtype
+    group: AttentionGroup, num_keys: int, num_groups: int, window: int | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Additive mask [B, 1, Q, L]; made once a step for each window."""
-    if window not in group.masks:
+    """Additive mask [B, 1, G * Q, L]; made once a step for each window."""
+    mask = group.masks.get((window, num_groups))
+    if mask is None:
         keys = torch.arange(num_keys, device=group.rows.device)
         queries = group.query_positions[..., None]
         visible = keys <= queries
         if window is not None:
             visible &= keys > queries - window
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        group.masks[window] = mask.masked_fill_(~visible, float("-inf"))[:, None]
-    return group.masks[window]
+        mask = mask.masked_fill_(~visible, float("-inf"))[:, None].repeat(1, 1, num_groups, 1)
+        group.masks[window, num_groups] = mask
+    return mask
 
 
 def _attend(

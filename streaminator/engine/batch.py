@@ -32,8 +32,8 @@ class AttentionGroup:
     """[B, Q] position of each query in its sequence; 0 where padded."""
     valid: torch.Tensor | None
     """[num_valid] flat indices into B * Q that are not padding; None: all are valid."""
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
-    """Additive masks [B, 1, Q, L] by sliding window, made on first use."""
+    masks: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)
+    """Additive masks [B, 1, G * Q, L] by sliding window and G, made on first use."""
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class Batch:
     positions: torch.Tensor
     """[1, T]."""
     slot_mapping: torch.Tensor
-    """[T] place of each token's key and value: block * block_size + offset."""
+    """[num_tokens] place of each token's key and value: block * block_size + offset."""
     groups: list[AttentionGroup]
     sampled_rows: torch.Tensor
     """[R] rows whose logits are needed."""
@@ -98,7 +98,7 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
     return Batch(
         input_ids=tensor([*tokens, *pad])[None],
         positions=tensor(np.concatenate([*positions, pad]))[None],
-        slot_mapping=tensor(np.concatenate([*slots, pad])),
+        slot_mapping=tensor(np.concatenate(slots)),
         groups=groups,
         sampled_rows=tensor(sampled),
         noise_keys=tensor(keys),

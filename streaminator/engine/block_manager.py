@@ -28,6 +28,7 @@ class BlockManager:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
         self._block_of_key: dict[bytes, int] = {}
         self._key_of_block: dict[int, bytes] = {}
+        self._handed_out: list[int] = []
 
     @property
     def num_free(self) -> int:
@@ -54,7 +55,19 @@ class BlockManager:
                 del self._block_of_key[key]
             self._num_references[block] = 1
             blocks.append(block)
+        self._handed_out.extend(blocks)
         return blocks
+
+    def take_handed_out(self) -> list[int]:
+        """Blocks allocated since the last call: they hold what their last owner left."""
+        blocks, self._handed_out = self._handed_out, []
+        return blocks
+
+    def grow(self, num_blocks: int) -> None:
+        """Add blocks, up to `num_blocks`."""
+        self._free.update(dict.fromkeys(range(self.num_blocks, num_blocks)))
+        self._num_references.extend([0] * (num_blocks - self.num_blocks))
+        self.num_blocks = num_blocks
 
     def share(self, blocks: Sequence[int]) -> None:
         """Add a reference to each block; a free one that is still cached comes back to life."""

@@ -81,6 +81,7 @@ class Engine:
             start=self._start,
         )
         self._cache = cache
+        self._num_blocks = engine.num_blocks
         self._failed: list[Completion] = []
         self.last_step: StepStats | None = None
         """Counts and times of the newest step."""
@@ -92,6 +93,8 @@ class Engine:
 
     def add(self, prompt: Prompt) -> None:
         """Queue a prompt; one that cannot run comes out as failed completions."""
+        if not prompt.sample_indices:
+            return
         error = self._why_impossible(prompt)
         if error is None:
             self.scheduler.add(prompt)
@@ -118,9 +121,12 @@ class Engine:
             return finished
         self._draft(sequences)
         clock.lap("draft")
+        new_blocks = self.scheduler.block_manager.take_handed_out()
+        if new_blocks:
+            self._cache.clear(new_blocks)
         batch = pack(sequences, block_size=self._cache.block_size, device=self.runner.device)
         clock.lap("pack")
-        logits = self.runner.forward(batch)
+        logits = self.runner.forward(batch, self._cache)
         clock.lap("forward")
         tokens, logprobs = self._sample(logits, batch)
         clock.lap("sample")
@@ -165,6 +171,8 @@ class Engine:
             sequence.draft = []
             if not (self._speculator_config.spec_decoding and sequence.is_sampled):
                 continue
+            if not sequence.may_draft:
+                continue
             # The step adds one token more than it accepts.
             room = sequence.max_num_tokens - len(sequence.token_ids) - 1
             cap = min(self._speculator_config.num_speculative_tokens, room)
@@ -186,13 +194,18 @@ class Engine:
     ) -> tuple[FinishReason | None, str | None]:
         """Add the drawn tokens one by one, until one of them ends the completion."""
         cached = sequence.num_cached_tokens + sequence.num_scheduled_tokens
+        if INVALID_TOKEN in drawn and sequence.draft:
+            # A draft's keys that are not finite reach the rows before it, through the mask: see
+            # what the model says without them.
+            sequence.may_draft = False
+            self.scheduler.restart(sequence)
+            drawn.clear()
+            return None, None
         if drawn:
             sequence.drafted.append(len(sequence.draft))
             sequence.accepted.append(len(drawn) - 1)
         for index, (token, logprob) in enumerate(zip(drawn, logprobs, strict=True)):
             if token == INVALID_TOKEN:
-                # NaN must not stay in blocks that others will get.
-                self._cache.clear(sequence.block_table)
                 where = f"token {len(sequence.token_ids) - sequence.num_prompt_tokens}"
                 return FinishReason.FAILED, f"the model's logits are not finite at {where}"
             sequence.token_ids.append(token)
@@ -213,7 +226,7 @@ class Engine:
             self.store.observe(sequence.prompt, completion.token_ids)
         if sequence.sample_index == sequence.prompt.sample_indices[-1]:
             self.store.drop(sequence.prompt)
-        self.scheduler.retire(sequence)
+        self.scheduler.retire(sequence, has_failed=reason is FinishReason.FAILED)
         return completion
 
     def _completion(
@@ -237,21 +250,24 @@ class Engine:
     def _why_impossible(self, prompt: Prompt) -> str | None:
         num = len(prompt.token_ids)
         limit = self.runner.max_model_len
-        manager = self.scheduler.block_manager
-        needed = manager.num_blocks_for(
-            min(num + self._sampling.max_length, limit or num + self._sampling.max_length)
-        )
         if num == 0:
             return "the prompt has no tokens"
         if limit is not None and num >= limit:
             return f"the prompt has {num} tokens and the model's context is {limit}"
-        if max(prompt.token_ids) >= self.runner.vocab_size:
+        if min(prompt.token_ids) < 0 or max(prompt.token_ids) >= self.runner.vocab_size:
             return (
-                f"the prompt has token {max(prompt.token_ids)} and the model's vocabulary is "
-                f"{self.runner.vocab_size}: tokenizer and model do not belong together"
+                f"the prompt's tokens go from {min(prompt.token_ids)} to {max(prompt.token_ids)} "
+                f"and the model's vocabulary is {self.runner.vocab_size}: tokenizer and model do "
+                "not belong together"
             )
-        if needed > manager.num_blocks - 1:
-            return f"it may need {needed} KV blocks of {manager.num_blocks - 1}: raise --num_blocks"
+        manager = self.scheduler.block_manager
+        length = num + self._sampling.max_length
+        needed = manager.num_blocks_for(min(length, limit or length)) + 1
+        if needed > manager.num_blocks:
+            if self._num_blocks is not None:
+                return f"it may need {needed} KV blocks: raise --num_blocks {self._num_blocks}"
+            self._cache.grow(needed)
+            manager.grow(needed)
         return None
 
 

@@ -7,6 +7,7 @@ Used by: `attention` (writes and reads), `model_runner` (makes it).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ class LayerShape:
 
 
 class KVCache:
-    """Per layer one key and one value tensor [N, S, K, H]; block 0 stays unused."""
+    """Per layer one key and one value tensor [N, S, K, H]; block 0 stays zero."""
 
     def __init__(
         self,
@@ -33,23 +34,44 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.block_size = block_size
-        self.num_blocks = num_blocks
-        self._layers = {
-            index: tuple(
-                torch.zeros(
-                    num_blocks, block_size, shape.num_heads, dim, dtype=dtype, device=device
-                )
-                for dim in (shape.key_dim, shape.value_dim)
-            )
-            for index, shape in shapes.items()
-        }
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device}
+        places: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for layer, shape in shapes.items():
+            for side, dim in enumerate((shape.key_dim, shape.value_dim)):
+                places.setdefault((shape.num_heads, dim), []).append((layer, side))
+        self._places = list(places.values())
+        # Tensors of one shape lie in one piece, so that a block is cleared in one operation.
+        self._pieces = [
+            torch.zeros(len(members), num_blocks, block_size, *shape, **self._options)
+            for shape, members in places.items()
+        ]
+        self._map_layers()
+
+    @property
+    def num_blocks(self) -> int:
+        """N."""
+        return self._pieces[0].shape[1]
+
+    def grow(self, num_blocks: int) -> None:
+        """Add blocks, up to `num_blocks`; what is stored stays."""
+        for index, old in enumerate(self._pieces):
+            new = torch.zeros(old.shape[0], num_blocks, *old.shape[2:], **self._options)
+            new[:, : old.shape[1]] = old
+            self._pieces[index] = new
+        self._map_layers()
+
+    def _map_layers(self) -> None:
+        self._layers: dict[int, list[torch.Tensor]] = {}
+        for piece, members in zip(self._pieces, self._places, strict=True):
+            for tensor, (layer, side) in zip(piece, members, strict=True):
+                self._layers.setdefault(layer, [tensor, tensor])[side] = tensor
 
     def write(
         self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:
-        """Store key and value [T, K, H] of one layer at `slots` [T]."""
+        """Store key and value of one layer at `slots` [n]; rows of [T, K, H] behind n are padding."""
         for pool, new in zip(self._layers[layer], (key, value), strict=True):
-            pool.flatten(0, 1).index_copy_(0, slots, new.to(pool.dtype))
+            pool.flatten(0, 1).index_copy_(0, slots, new[: slots.shape[0]].to(pool.dtype))
 
     def read(self, layer: int, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value [B, K, L, H] of the blocks in `block_table` [B, M], L = M * S."""
@@ -63,11 +85,10 @@ class KVCache:
         return key, value
 
     def clear(self, blocks: list[int]) -> None:
-        """Zero blocks that may hold NaN: masked keys are harmless only while they are finite."""
-        index = torch.tensor(blocks, dtype=torch.int64)
-        for pools in self._layers.values():
-            for pool in pools:
-                pool.index_fill_(0, index.to(pool.device), 0)
+        """Zero blocks: what their last owner left may be NaN, and masked keys must be finite."""
+        index = torch.tensor(blocks, dtype=torch.int64).to(self._options["device"])
+        for piece in self._pieces:
+            piece.index_fill_(1, index, 0)
 
 
 def bytes_per_block(shapes: dict[int, LayerShape], block_size: int, dtype: torch.dtype) -> int:

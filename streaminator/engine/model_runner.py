@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load an unmodified Hugging Face causal model and run packed batches through it.
+"""Run packed batches through an unmodified Hugging Face causal model.
 
 Used by: `engine.Engine`, `streaminator.session`.
 """
 
 import os
-from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 # Read by MKL at its first call: products whose rows do not depend on how many rows there are,
@@ -14,16 +12,14 @@ from typing import Any
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import torch
-import transformers
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface
 
 from streaminator.config import EngineConfig, ModelConfig
 from streaminator.engine.attention import NAME, Stream, attention
 from streaminator.engine.batch import Batch
+from streaminator.engine.checkpoint import first_line, load_model
 from streaminator.engine.kv_cache import KVCache, LayerShape, bytes_per_block
 from streaminator.errors import ConfigError, DeviceError, ModelError
-
-DEMO_MODEL = Path(__file__).parents[1] / "demo"
 
 AttentionInterface.register(NAME, attention)
 
@@ -55,39 +51,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def load_tokenizer(config: ModelConfig) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of --tokenizer_name, or the model's own.
-
-    Raises: ModelError when there is none.
-    """
-    source = _source(config.tokenizer_name or config.model_name)
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(
-            f"no tokenizer in {source}: give one with --tokenizer_name ({_first_line(error)})"
-        ) from error
-
-
-def model_fingerprint(config: ModelConfig) -> str:
-    """Hash of the checkpoint's files in a folder; of the name for a hub model."""
-    source = Path(_source(config.model_name))
-    digest = blake2b(digest_size=8)
-    if not source.is_dir():
-        digest.update(config.model_name.encode())
-        return digest.hexdigest()
-    names = ("config.json", "*.safetensors", "*.bin")
-    for path in sorted(p for name in names for p in source.glob(name)):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            # Both ends of each file: a whole 100 GB checkpoint would take minutes.
-            digest.update(file.read(1 << 20))
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read(1 << 20) + str(size).encode())
-    return digest.hexdigest()
-
-
 class ModelRunner:
     """A model on a device, with its KV cache."""
 
@@ -100,15 +63,21 @@ class ModelRunner:
         """
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        self.model: Any = _load_model(config, self.dtype)
+        self.model: Any = load_model(config, self.dtype, NAME)
         self.model.to(self.device).eval()
         self.shapes = self._probe()
-        self.cache: KVCache | None = None
 
     @property
     def max_model_len(self) -> int | None:
         """Most tokens of prompt and completion together; None: no limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        config = self.model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            # Beyond this, transformers switches the frequencies of the whole batch.
+            short = rope.get("original_max_position_embeddings")
+            return short or getattr(config, "original_max_position_embeddings", limit)
+        return limit
 
     @property
     def vocab_size(self) -> int:
@@ -139,7 +108,7 @@ class ModelRunner:
             wanted = 2 * config.stream_width * per_sequence + 1
             num_blocks = max(per_sequence + 1, min(wanted, _free_bytes(self.device) // per_block))
         try:
-            self.cache = KVCache(
+            return KVCache(
                 self.shapes,
                 num_blocks=num_blocks,
                 block_size=config.block_size,
@@ -151,11 +120,17 @@ class ModelRunner:
                 f"--num_blocks {num_blocks}: the KV cache would take "
                 f"{num_blocks * per_block / 2**20:.0f} MiB, more than there is; give fewer"
             ) from error
-        return self.cache
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Logits [R, V] of the batch's sampled rows; keys and values go to the cache."""
-        return self._run(batch.input_ids, batch.positions, batch.sampled_rows, batch)
+        return self.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.positions,
+            logits_to_keep=batch.sampled_rows,
+            use_cache=False,
+            stream=Stream(batch, cache, {}),
+        ).logits[0]
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next tells the truth."""
@@ -168,18 +143,6 @@ class ModelRunner:
             return torch.cuda.memory_allocated(self.device)
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    @torch.inference_mode()
-    def _run(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, batch: Batch
-    ) -> torch.Tensor:
-        return self.model(
-            input_ids=input_ids,
-            position_ids=positions,
-            logits_to_keep=rows,
-            use_cache=False,
-            stream=Stream(batch, self.cache, {}),
-        ).logits[0]
 
     @torch.inference_mode()
     def _probe(self) -> dict[int, LayerShape]:
@@ -197,8 +160,8 @@ class ModelRunner:
             )
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
             raise ModelError(
-                f"{name} does not run with packed sequences ({_first_line(error)}); "
-                "give a decoder-only model of transformers"
+                f"{name} does not run in the stream ({first_line(error)}); "
+                "give another --dtype, or a decoder-only model of transformers"
             ) from error
         num_layers = self.model.config.get_text_config().num_hidden_layers
         if len(stream.shapes) != num_layers:
@@ -207,43 +170,6 @@ class ModelRunner:
                 f"{num_layers} layers; give a model that attends in every layer"
             )
         return stream.shapes
-
-
-def _load_model(config: ModelConfig, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    source = _source(config.model_name)
-    if config.model_name != "demo" and Path(source).exists():
-        _check_folder(Path(source))
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation=NAME,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"--model_name {source}: the checkpoint wants to run its own code; "
-                "add --trust_remote_code if you trust it"
-            ) from error
-        raise ModelError(
-            f"--model_name {source}: not a causal language model that can be loaded "
-            f"({_first_line(error)})"
-        ) from error
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"--model_name {folder}: not a model folder (no config.json in it)")
-
-
-def _source(name: str) -> str:
-    return str(DEMO_MODEL) if name == "demo" else name
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
 
 
 def _free_bytes(device: torch.device) -> int:

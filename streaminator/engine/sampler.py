@@ -16,6 +16,7 @@ Shapes: R rows, V vocabulary, C candidates.
 Used by: `engine.Engine`.
 """
 
+import math
 from hashlib import blake2b
 
 import torch
@@ -82,36 +83,44 @@ def _draw(
 ) -> torch.Tensor:
     size = scaled.shape[-1]
     num = min(size, max(NUM_CANDIDATES, params.top_k))
-    log_total = scaled.logsumexp(-1, keepdim=True).double()
     values, ids = scaled.topk(num)
-    logprobs = values.double() - log_total
-    rest_mass = 1 - logprobs.exp().sum(-1)
-    if num < size and not params.top_k and _reaches_past(logprobs, rest_mass, params):
-        values, ids = scaled.sort(-1, descending=True)
-        logprobs = values.double() - log_total
-        rest_mass = torch.zeros_like(rest_mass)
+    logprobs = values.double() - scaled.logsumexp(-1, keepdim=True).double()
+    rest_mass = (1 - logprobs.exp().sum(-1)).clamp(min=0)
     is_filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-    if is_filtered:
-        logprobs = _filter(logprobs, params)
-    scores = logprobs + gumbel(keys, positions, ids)
-    best, index = scores.max(-1)
+    scores = _filter(logprobs, params) if is_filtered else logprobs
+    best, index = (scores + gumbel(keys, positions, ids)).max(-1)
     tokens = ids.gather(-1, index[:, None])[:, 0]
-    if num < size and not is_filtered:
-        # Without a filter the rest competes as one event.
-        rest_score = rest_mass.clamp(min=0).log() + gumbel(
-            keys, positions, torch.full_like(ids[:, :1], _REST)
-        ).squeeze(-1)
-        for row in (rest_score > best).nonzero()[:, 0].tolist():
-            tokens[row] = _draw_from_rest(scaled[row], ids[row], keys[row], positions[row])
+    if num == size or params.top_k:
+        return tokens
+    # Rows are looked at one by one: which way a row goes must not depend on the others.
+    if is_filtered:
+        rows = _reaches_past(logprobs, rest_mass, params).nonzero()[:, 0]
+        if len(rows):
+            values, order = scaled[rows].sort(dim=-1, descending=True, stable=True)
+            logprobs = _filter(values.log_softmax(-1).double(), params)
+            index = (logprobs + gumbel(keys[rows], positions[rows], order)).argmax(-1)
+            tokens[rows] = order.gather(-1, index[:, None])[:, 0]
+        return tokens
+    rest = torch.full_like(ids[:, :1], _REST)
+    rest_score = rest_mass.log() + gumbel(keys, positions, rest)[:, 0]
+    rows = (rest_score > best).nonzero()[:, 0]
+    if len(rows):
+        everything = torch.arange(size, device=scaled.device).expand(len(rows), -1)
+        scores = scaled[rows].double() + gumbel(keys[rows], positions[rows], everything)
+        tokens[rows] = scores.scatter(-1, ids[rows], float("-inf")).argmax(-1)
     return tokens
 
 
-def _reaches_past(logprobs: torch.Tensor, rest_mass: torch.Tensor, params: SamplingParams) -> bool:
-    """Whether top-p or min-p may keep tokens beyond the candidates [R, C] in some row."""
-    if params.min_p > 0 and params.top_p == 1:
-        least = logprobs[:, 0] + torch.log(torch.tensor(params.min_p, dtype=torch.float64))
-        return bool((logprobs[:, -1] >= least).any())
-    return params.top_p < 1 and bool((1 - rest_mass < params.top_p).any())
+def _reaches_past(
+    logprobs: torch.Tensor, rest_mass: torch.Tensor, params: SamplingParams
+) -> torch.Tensor:
+    """Rows [R] in which top-p or min-p may keep tokens beyond the candidates [R, C]."""
+    reaches = torch.ones_like(rest_mass, dtype=torch.bool)
+    if params.top_p < 1:
+        reaches &= 1 - rest_mass < params.top_p
+    if params.min_p > 0:
+        reaches &= logprobs[:, -1] - logprobs[:, 0] >= math.log(params.min_p)
+    return reaches
 
 
 def _filter(logprobs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -128,15 +137,6 @@ def _filter(logprobs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         keep &= logprobs.exp() >= params.min_p * logprobs[:, :1].exp()
     keep[:, 0] = True
     return logprobs.masked_fill(~keep, float("-inf"))
-
-
-def _draw_from_rest(
-    scaled: torch.Tensor, candidates: torch.Tensor, key: torch.Tensor, position: torch.Tensor
-) -> torch.Tensor:
-    """A token [] of the row [V] that is not among its candidates [C]."""
-    tokens = torch.arange(scaled.shape[0], device=scaled.device)
-    scores = scaled.double() + gumbel(key[None], position[None], tokens[None])[0]
-    return scores.index_fill(0, candidates, float("-inf")).argmax()
 
 
 def _signed(value: int) -> int:

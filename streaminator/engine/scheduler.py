@@ -125,11 +125,17 @@ class Scheduler:
             entry.resident_blocks.extend(blocks)
             entry.num_resident_tokens = keep
 
-    def retire(self, sequence: Sequence) -> None:
+    def restart(self, sequence: Sequence) -> None:
+        """Compute a sequence's keys and values again, in blocks that nobody used."""
+        self._preempt(sequence)
+
+    def retire(self, sequence: Sequence, *, has_failed: bool = False) -> None:
         """A completion ended: free its slot; drop the prompt when it was the last one."""
         self.running.remove(sequence)
         self._release(sequence)
         entry = self._open[sequence.prompt.prompt_id]
+        if has_failed:
+            self._drop_partial(entry)
         self._in_flight.discard(entry.prompt.prompt_id)
         self._forget_computing(entry)
         if entry.num_left:
@@ -262,6 +268,13 @@ class Scheduler:
                 self._drop_resident(entry)
                 return True
         return False
+
+    def _drop_partial(self, entry: _OpenPrompt) -> None:
+        """Give up the block that holds more than prompt: what is behind the prompt may be NaN."""
+        num_full = entry.num_resident_tokens // self.block_manager.block_size
+        self.block_manager.free(entry.resident_blocks[num_full:])
+        del entry.resident_blocks[num_full:]
+        entry.num_resident_tokens = num_full * self.block_manager.block_size
 
     def _drop_resident(self, entry: _OpenPrompt) -> None:
         self.block_manager.free(entry.resident_blocks)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: what --model_name and --tokenizer_name mean, and what is wrong with them.
+
+Used by: `engine.model_runner`, `streaminator.driver`, `streaminator.session`.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from streaminator.config import ModelConfig
+from streaminator.errors import ModelError
+
+DEMO_MODEL = Path(__file__).parents[1] / "demo"
+
+
+def check_model(config: ModelConfig) -> None:
+    """Refuse, before anything is loaded, a model that cannot be a causal language model.
+
+    Raises: ModelError.
+    """
+    name = config.model_name
+    source = Path(_source(name)).expanduser()
+    if source.exists() and not (source / "config.json").is_file():
+        raise ModelError(f"--model_name {name}: not a model folder (no config.json in it)")
+    if not source.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"--model_name {name}: no such folder; check the path")
+    with _one_line(f"--model_name {name}: cannot be loaded", config):
+        found = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        if type(found) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+            getattr(found, "auto_map", None) or {}
+        ):
+            return
+    raise ModelError(f"--model_name {name}: a {found.model_type} is not a causal language model")
+
+
+def load_tokenizer(config: ModelConfig) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of --tokenizer_name, or the model's own.
+
+    Raises: ModelError when there is none.
+    """
+    source = _source(config.tokenizer_name or config.model_name)
+    with _one_line(f"no tokenizer in {source}: give one with --tokenizer_name", config):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+
+
+def model_fingerprint(config: ModelConfig) -> str:
+    """Hash of the checkpoint's files in a folder; of the name for a hub model."""
+    source = Path(_source(config.model_name))
+    digest = blake2b(digest_size=8)
+    if not source.is_dir():
+        digest.update(config.model_name.encode())
+        return digest.hexdigest()
+    names = ("config.json", "*.safetensors", "*.bin")
+    for path in sorted(p for name in names for p in source.glob(name)):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            # Both ends of each file: a whole 100 GB checkpoint would take minutes.
+            digest.update(file.read(1 << 20))
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read(1 << 20) + str(size).encode())
+    return digest.hexdigest()
+
+
+def load_model(
+    config: ModelConfig, dtype: torch.dtype, attention: str
+) -> transformers.PreTrainedModel:
+    """The model in `dtype`, with the named attention function.
+
+    Raises: ModelError when it is not a causal language model that can be loaded.
+    """
+    with _one_line(f"--model_name {config.model_name}: cannot be loaded", config):
+        return AutoModelForCausalLM.from_pretrained(
+            _source(config.model_name),
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+
+@contextmanager
+def _one_line(what: str, config: ModelConfig) -> Iterator[None]:
+    """Turn what transformers raises about a checkpoint into one line."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"--model_name {config.model_name}: the checkpoint wants to run its own code; "
+                "add --trust_remote_code if you trust it"
+            ) from error
+        raise ModelError(f"{what} ({first_line(error)})") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line of bounded length."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def _source(name: str) -> str:
+    return str(DEMO_MODEL) if name == "demo" else os.path.expanduser(name)

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings and models that the tests share."""
+
+import os
+
+# MKL reads the first before its first call, the others are read on import.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+from streaminator.engine.model_runner import ModelRunner
+from tests.fakes import load_runner, save_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+    """A tiny random Llama in float32. Whoever changes its weights puts them back."""
+    folder = save_model(tmp_path_factory.mktemp("llama"), "Llama", dtype=torch.float32)
+    return load_runner(folder, "float32")

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random models, a tiny tokenizer, and a stream that checks itself at every step."""
+
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from streaminator.config import EngineConfig, ModelConfig, SamplingParams, SpeculatorConfig
+from streaminator.engine.block_manager import NULL_BLOCK, BlockManager
+from streaminator.engine.engine import Engine
+from streaminator.engine.model_runner import ModelRunner
+from streaminator.engine.scheduler import Scheduler
+from streaminator.sequence import Completion, Prompt
+from streaminator.sequence import Sequence as Flying
+
+VOCAB_SIZE = 128
+CONTEXT = 1024
+WINDOW = 16
+"""Sliding window of the models that have one, and shorter than the tests' texts."""
+EOS = 0
+SIMULATED_BLOCK_SIZE = 16
+SIMULATED_MAX_LENGTH = 24
+"""Tokens that a simulated completion has at most."""
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.4,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
+_WIDE_HEADS: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
+_MIXED_LAYERS: dict[str, Any] = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
+# name: configuration class, what differs from `_COMMON`
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaConfig", _GROUPED),
+    "Qwen2": ("Qwen2Config", _GROUPED),
+    "Qwen2-sliding": ("Qwen2Config", _GROUPED | _MIXED_LAYERS | {"use_sliding_window": True}),
+    "Qwen3": ("Qwen3Config", _WIDE_HEADS),
+    "Qwen3-MoE": (
+        "Qwen3MoeConfig",
+        _WIDE_HEADS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+    "Mistral": ("MistralConfig", _GROUPED | {"sliding_window": WINDOW}),
+    "Gemma2": (
+        "Gemma2Config",
+        _WIDE_HEADS
+        | _MIXED_LAYERS
+        | {
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 10.0,
+            "query_pre_attn_scalar": 20,
+        },
+    ),
+    "Gemma3": ("Gemma3TextConfig", _WIDE_HEADS | _MIXED_LAYERS | {"query_pre_attn_scalar": 20}),
+    "Phi-3": ("Phi3Config", _GROUPED),
+    "OLMo": ("OlmoConfig", _GROUPED | {"clip_qkv": 2.0}),
+    "OLMo2": ("Olmo2Config", _GROUPED),
+    "GPT-NeoX": ("GPTNeoXConfig", {"rotary_pct": 0.5}),
+    "Granite": (
+        "GraniteConfig",
+        _GROUPED
+        | {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 0.5,
+            "residual_multiplier": 0.7,
+        },
+    ),
+    "GPT-2": ("GPT2Config", {"n_inner": 48}),
+}
+
+
+def save_model(
+    folder: Path,
+    architecture: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **changes: Any,
+) -> Path:
+    """Write a random model whose norms and biases are random, too; returns `folder`."""
+    name, differences = ARCHITECTURES[architecture]
+    config = getattr(transformers, name)(**(_COMMON | differences | changes))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_runner(folder: Path, dtype: str) -> ModelRunner:
+    """The model as the stream runs it, on the CPU."""
+    return ModelRunner(ModelConfig(model_name=str(folder), dtype=dtype, device="cpu"))
+
+
+def letters_tokenizer() -> PreTrainedTokenizerFast:
+    """Token i is a pair of letters of its own, 0 the end of text; decoding only joins them."""
+    alphabet = "abcdefghijkl"
+    pairs = [first + second for first in alphabet for second in alphabet][: VOCAB_SIZE - 1]
+    vocabulary = {"<eos>": EOS} | {pair: index + 1 for index, pair in enumerate(pairs)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
+
+
+def random_tokens(num: int, seed: int) -> tuple[int, ...]:
+    """Token ids that are the same in every run, without the end of text."""
+    generator = random.Random(seed)
+    return tuple(generator.randrange(1, VOCAB_SIZE) for _ in range(num))
+
+
+def make_prompt(
+    name: str,
+    token_ids: Iterable[int],
+    num_completions: int = 1,
+    finished: tuple[tuple[int, ...], ...] = (),
+) -> Prompt:
+    """A prompt of which only id, tokens and the number of completions matter."""
+    return Prompt(
+        prompt_id=name,
+        token_ids=tuple(token_ids),
+        text="",
+        question="",
+        sample_indices=tuple(range(num_completions)),
+        finished=finished,
+    )
+
+
+def make_engine(
+    runner: ModelRunner,
+    *,
+    sampling: SamplingParams | None = None,
+    engine: EngineConfig | None = None,
+    speculator: SpeculatorConfig | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    max_prompt_length: int = 320,
+) -> Engine:
+    """A stream; the defaults are the product's."""
+    return Engine(
+        runner,
+        tokenizer,
+        sampling=sampling or SamplingParams(),
+        engine=engine or EngineConfig(),
+        speculator=speculator or SpeculatorConfig(),
+        max_prompt_length=max_prompt_length,
+    )
+
+
+def drain(engine: Engine, prompts: Iterable[Prompt]) -> dict[tuple[str, int], Completion]:
+    """Draw everything, checking after each step that no block and no prompt is lost or doubled."""
+    completions = {}
+    for prompt in prompts:
+        engine.add(prompt)
+    num_steps = 0
+    while engine.has_work:
+        num_steps += 1
+        assert num_steps < 5000, "the work never ends"
+        finished = engine.step()
+        check_invariants(engine)
+        for completion in finished:
+            key = (completion.prompt.prompt_id, completion.sample_index)
+            assert key not in completions, f"{key} came out twice"
+            completions[key] = completion
+    assert engine.scheduler.block_manager.num_used == 0, "blocks are held after the last prompt"
+    return completions
+
+
+def check_invariants(engine: Engine) -> None:
+    """Block accounting, affinity and the bound on running sequences."""
+    scheduler = engine.scheduler
+    scheduler.check_integrity()
+    running = [sequence.prompt.prompt_id for sequence in scheduler.running]
+    assert len(running) == len(set(running)), "two completions of one prompt are in flight"
+    assert len(running) <= scheduler.stream_width
+
+
+def draw(
+    runner: ModelRunner,
+    prompts: Sequence[Prompt],
+    *,
+    sampling: SamplingParams | None = None,
+    engine: EngineConfig | None = None,
+    speculator: SpeculatorConfig | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> dict[tuple[str, int], Completion]:
+    """All completions of `prompts` by (prompt_id, sample_index)."""
+    stream = make_engine(
+        runner, sampling=sampling, engine=engine, speculator=speculator, tokenizer=tokenizer
+    )
+    completions = drain(stream, prompts)
+    assert set(completions) == {(p.prompt_id, i) for p in prompts for i in p.sample_indices}
+    return completions
+
+
+def tokens(completions: dict[tuple[str, int], Completion]) -> dict[tuple[str, int], list[int]]:
+    """Only the token ids."""
+    return {key: completion.token_ids for key, completion in completions.items()}
+
+
+class Simulation:
+    """A scheduler whose forward is a dice; it checks the scheduler's invariants at every step."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 200,
+        stream_width: int = 4,
+        max_batched_tokens: int = 512,
+        kv_cache: bool = True,
+        continuous_batching: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.manager = BlockManager(num_blocks, SIMULATED_BLOCK_SIZE)
+        self.scheduler = Scheduler(
+            self.manager,
+            stream_width=stream_width,
+            max_batched_tokens=max_batched_tokens,
+            kv_cache=kv_cache,
+            continuous_batching=continuous_batching,
+            start=self.start,
+        )
+        self.max_batched_tokens = max_batched_tokens
+        self.kv_cache = kv_cache
+        self.random = random.Random(seed)
+        self.started: list[tuple[str, int]] = []
+        self.retired: list[tuple[str, int]] = []
+        self.num_preempted = 0
+        self.content: dict[int, tuple] = {}
+        preempt = self.scheduler._preempt
+
+        def count(sequence: Flying) -> None:
+            self.num_preempted += 1
+            preempt(sequence)
+
+        self.scheduler._preempt = count  # type: ignore[method-assign]
+
+    def start(self, prompt: Prompt, sample_index: int) -> Flying:
+        self.started.append((prompt.prompt_id, sample_index))
+        limit = len(prompt.token_ids) + SIMULATED_MAX_LENGTH
+        return Flying(prompt, sample_index, list(prompt.token_ids), 0, limit, 0.0)
+
+    def add(self, prompts: Iterable[Prompt]) -> None:
+        for prompt in prompts:
+            self.scheduler.add(prompt)
+
+    def schedule(self) -> list[Flying]:
+        scheduled = self.scheduler.schedule()
+        self.scheduler.check_integrity()
+        running = self.scheduler.running
+        assert len(running) <= self.scheduler.stream_width
+        assert len({s.prompt.prompt_id for s in running}) == len(running)
+        for sequence in scheduled:
+            assert sequence in running
+            num_tokens = sequence.num_cached_tokens + sequence.num_scheduled_tokens
+            assert len(sequence.block_table) * SIMULATED_BLOCK_SIZE >= num_tokens
+            assert NULL_BLOCK not in sequence.block_table
+        if self.kv_cache:
+            chunks = [s.num_scheduled_tokens for s in scheduled if s.num_uncached_tokens > 1]
+            assert sum(chunks) <= self.max_batched_tokens
+        if self.scheduler.num_open_prompts:
+            assert scheduled, "there is work and nobody does it"
+        return scheduled
+
+    def write(self, sequence: Flying, num_tokens: int) -> None:
+        """Put into the blocks what a forward would, and check what it would read."""
+        known = sequence.token_ids + sequence.draft
+        for place in range(sequence.num_cached_tokens):
+            block, offset = (
+                sequence.block_table[place // SIMULATED_BLOCK_SIZE],
+                place % SIMULATED_BLOCK_SIZE,
+            )
+            expected = tuple(sequence.token_ids[: place + 1])
+            assert self.content[block * SIMULATED_BLOCK_SIZE + offset] == expected, (
+                "keys of another text"
+            )
+        for place in range(sequence.num_cached_tokens, num_tokens):
+            block, offset = (
+                sequence.block_table[place // SIMULATED_BLOCK_SIZE],
+                place % SIMULATED_BLOCK_SIZE,
+            )
+            self.content[block * SIMULATED_BLOCK_SIZE + offset] = tuple(known[: place + 1])
+
+    def step(self, *, max_draft: int = 5, chance_to_end: float = 0.1) -> list[Flying]:
+        scheduled = self.schedule()
+        for sequence in scheduled:
+            sequence.draft = []
+            if sequence.is_sampled:
+                num = self.random.randint(0, max_draft)
+                num = self.scheduler.reserve_draft(sequence, num)
+                sequence.draft = [self.random.randrange(50) for _ in range(num)]
+                assert (
+                    len(sequence.block_table) * SIMULATED_BLOCK_SIZE
+                    >= len(sequence.token_ids) + num
+                )
+        self.scheduler.check_integrity()
+        for sequence in scheduled:
+            cached = sequence.num_cached_tokens + sequence.num_scheduled_tokens
+            self.write(sequence, cached + len(sequence.draft))
+        for sequence in scheduled:
+            cached = sequence.num_cached_tokens + sequence.num_scheduled_tokens
+            num = 0
+            if sequence.is_sampled:
+                num = self.random.randint(0, len(sequence.draft))
+                sequence.token_ids += [*sequence.draft[:num], self.random.randrange(50)]
+                is_full = len(sequence.token_ids) >= sequence.max_num_tokens
+                if is_full or self.random.random() < chance_to_end:
+                    self.retired.append((sequence.prompt.prompt_id, sequence.sample_index))
+                    self.scheduler.retire(sequence)
+                    self.scheduler.check_integrity()
+                    continue
+            self.scheduler.commit(sequence, cached + num)
+            self.scheduler.check_integrity()
+        return scheduled
+
+    def run(self) -> None:
+        for _ in range(10_000):
+            if not self.scheduler.num_open_prompts:
+                break
+            self.step()
+        assert not self.scheduler.num_open_prompts, "the work never ends"
+        assert sorted(self.retired) == sorted(self.started)
+        assert len(set(self.retired)) == len(self.retired)
+        assert self.manager.num_used == 0

@@ -1,0 +1,602 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How completions end, how they fail, and what the speculators learn."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from streaminator.config import EngineConfig, SamplingParams, SpeculatorConfig
+from streaminator.engine.model_runner import ModelRunner
+from streaminator.sequence import Completion, FinishReason, Prompt
+from streaminator.speculative.store import SpeculatorStore
+from tests.fakes import (
+    CONTEXT,
+    VOCAB_SIZE,
+    check_invariants,
+    drain,
+    draw,
+    letters_tokenizer,
+    load_runner,
+    make_engine,
+    make_prompt,
+    random_tokens,
+    save_model,
+    tokens,
+)
+
+MAX_LENGTH = 20
+FREE = SamplingParams(max_length=MAX_LENGTH, temperature=1.0)
+NO_SPECULATION = SpeculatorConfig(spec_decoding=False)
+PROMPTS = [make_prompt(f"p{n}", random_tokens(n, seed=n), 3) for n in (4, 19, 33)]
+TOKENIZER = letters_tokenizer()
+
+Draws = dict[tuple[str, int], Completion]
+
+
+@pytest.fixture(scope="module")
+def free(llama: ModelRunner) -> Draws:
+    """Completions that only their length ends, with their text."""
+    return draw(llama, PROMPTS, sampling=FREE, tokenizer=TOKENIZER)
+
+
+def sampling(**changes) -> SamplingParams:
+    return SamplingParams(**({"max_length": MAX_LENGTH, "temperature": 1.0} | changes))
+
+
+def cut_after(token_ids: list[int], stops: set[int]) -> list[int]:
+    """`token_ids` up to and with the first of `stops`."""
+    for index, token in enumerate(token_ids):
+        if token in stops:
+            return token_ids[: index + 1]
+    return token_ids
+
+
+# How completions end
+
+
+def test_without_a_stop_a_completion_ends_at_max_length(free: Draws) -> None:
+    for completion in free.values():
+        assert completion.finish_reason is FinishReason.LENGTH
+        assert len(completion.token_ids) == MAX_LENGTH
+        assert completion.error is None
+        assert completion.started_at <= completion.finished_at
+
+
+def test_max_length_1_gives_one_token(llama: ModelRunner, free: Draws) -> None:
+    completions = draw(llama, PROMPTS, sampling=sampling(max_length=1))
+    assert tokens(completions) == {key: c.token_ids[:1] for key, c in free.items()}
+
+
+@pytest.mark.parametrize("spec_decoding", [True, False])
+def test_a_stop_token_ends_the_completion_and_is_its_last_token(
+    llama: ModelRunner, free: Draws, spec_decoding: bool
+) -> None:
+    stops = {free["p4", 0].token_ids[7], free["p33", 2].token_ids[3]}
+    completions = draw(
+        llama,
+        PROMPTS,
+        sampling=sampling(stop_token_ids=tuple(stops)),
+        speculator=SpeculatorConfig(spec_decoding=spec_decoding),
+    )
+    for key, completion in completions.items():
+        expected = cut_after(free[key].token_ids, stops)
+        assert completion.token_ids == expected
+        is_stopped = expected[-1] in stops
+        assert completion.finish_reason is (
+            FinishReason.STOP if is_stopped else FinishReason.LENGTH
+        )
+    assert completions["p4", 0].finish_reason is FinishReason.STOP
+
+
+@contextmanager
+def end_of_text(runner: ModelRunner, ids: int | list[int]) -> Iterator[None]:
+    before = runner.model.generation_config.eos_token_id
+    runner.model.generation_config.eos_token_id = ids
+    try:
+        yield
+    finally:
+        runner.model.generation_config.eos_token_id = before
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_the_models_end_of_text_ends_the_completion(
+    llama: ModelRunner, free: Draws, as_list: bool
+) -> None:
+    eos = free["p19", 1].token_ids[9]
+    with end_of_text(llama, [eos] if as_list else eos):
+        completions = draw(llama, PROMPTS, sampling=FREE)
+        ignoring = draw(llama, PROMPTS, sampling=sampling(ignore_eos=True))
+    for key, completion in completions.items():
+        assert completion.token_ids == cut_after(free[key].token_ids, {eos})
+    assert completions["p19", 1].finish_reason is FinishReason.STOP
+    assert tokens(ignoring) == tokens(free)
+
+
+def test_ignore_eos_still_obeys_stop_token_ids(llama: ModelRunner, free: Draws) -> None:
+    eos = free["p19", 1].token_ids[9]
+    with end_of_text(llama, eos):
+        completions = draw(
+            llama, PROMPTS, sampling=sampling(ignore_eos=True, stop_token_ids=(eos,))
+        )
+    assert completions["p19", 1].token_ids == cut_after(free["p19", 1].token_ids, {eos})
+
+
+@pytest.mark.parametrize("spec_decoding", [True, False])
+@pytest.mark.parametrize(("first", "last"), [(6, 8), (7, 9), (5, 12), (0, 1)])
+def test_a_stop_string_is_cut_from_the_text_and_its_tokens_are_kept(
+    llama: ModelRunner, free: Draws, first: int, last: int, spec_decoding: bool
+) -> None:
+    # Tokens are two letters each: (7, 9) lies across a border, (0, 1) ends within a token.
+    stop = free["p19", 0].text[first:last]
+    completions = draw(
+        llama,
+        PROMPTS,
+        sampling=sampling(stop=(stop, "never this")),
+        tokenizer=TOKENIZER,
+        speculator=SpeculatorConfig(spec_decoding=spec_decoding, ngram_order=2),
+    )
+    for key, completion in completions.items():
+        whole = free[key].token_ids
+        num = next(
+            (n for n in range(1, len(whole) + 1) if stop in TOKENIZER.decode(whole[:n])), None
+        )
+        assert completion.token_ids == whole[:num]
+        assert completion.text == free[key].text.split(stop)[0]
+        assert completion.finish_reason is (
+            FinishReason.LENGTH if num is None else FinishReason.STOP
+        )
+    assert completions["p19", 0].finish_reason is FinishReason.STOP
+
+
+def test_the_first_of_several_stop_strings_cuts_the_text(llama: ModelRunner, free: Draws) -> None:
+    text = free["p19", 0].text
+    late, early = text[11:15], text[9:15]  # they end together and begin apart
+    completions = draw(llama, PROMPTS, sampling=sampling(stop=(late, early)), tokenizer=TOKENIZER)
+    assert completions["p19", 0].text == text[: text.find(early)]
+
+
+def test_a_stop_string_in_the_prompt_does_not_end_the_completion(llama: ModelRunner) -> None:
+    # The prompt's last letter and the completion's first one would make this stop string.
+    prompt = PROMPTS[1]
+    whole = draw(llama, [prompt], sampling=FREE, tokenizer=TOKENIZER)["p19", 0].text
+    stop = TOKENIZER.decode(list(prompt.token_ids))[-1] + whole[:1]
+    completion = draw(llama, [prompt], sampling=sampling(stop=(stop,)), tokenizer=TOKENIZER)
+    assert completion["p19", 0].text == whole.split(stop)[0]
+    assert completion["p19", 0].text != ""
+
+
+def test_special_tokens_are_not_in_the_text(llama: ModelRunner) -> None:
+    biased = sampling(max_length=60, temperature=3.0)
+    completions = draw(llama, PROMPTS, sampling=biased, tokenizer=TOKENIZER)
+    with_special = [c for c in completions.values() if 0 in c.token_ids]
+    assert with_special
+    for completion in with_special:
+        assert "<eos>" not in completion.text
+        num_letters = 2 * sum(token != 0 for token in completion.token_ids)
+        assert len(completion.text) == num_letters
+
+
+def test_without_a_tokenizer_there_are_tokens_and_no_text(llama: ModelRunner) -> None:
+    completion = draw(llama, PROMPTS[:1], sampling=FREE)["p4", 0]
+    assert completion.text == ""
+    assert completion.token_ids
+
+
+# Limits of the model
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+    """A model with a context of 32 tokens."""
+    folder = save_model(
+        tmp_path_factory.mktemp("short"),
+        "Llama",
+        dtype=torch.float32,
+        max_position_embeddings=32,
+    )
+    return load_runner(folder, "float32")
+
+
+@pytest.mark.parametrize("spec_decoding", [True, False])
+def test_a_full_context_ends_the_completion_by_length(
+    short: ModelRunner, spec_decoding: bool
+) -> None:
+    prompts = [make_prompt(f"p{n}", random_tokens(n, seed=n), 2) for n in (4, 20, 31)]
+    completions = draw(
+        short,
+        prompts,
+        sampling=sampling(),
+        speculator=SpeculatorConfig(spec_decoding=spec_decoding),
+    )
+    lengths = {key[0]: len(completion.token_ids) for key, completion in completions.items()}
+    assert lengths == {"p4": MAX_LENGTH, "p20": 12, "p31": 1}
+    assert {c.finish_reason for c in completions.values()} == {FinishReason.LENGTH}
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "reason"),
+    [
+        (random_tokens(32, seed=1), "the prompt has 32 tokens and the model's context is 32"),
+        (random_tokens(99, seed=1), "the prompt has 99 tokens and the model's context is 32"),
+        ((), "the prompt has no tokens"),
+        ((1, VOCAB_SIZE), f"from 1 to {VOCAB_SIZE} and the model's vocabulary is 128"),
+        ((-1, 5), "from -1 to 5 and the model's vocabulary is 128"),
+    ],
+    ids=["as_long_as_the_context", "longer_than_the_context", "empty", "unknown_token", "negative"],
+)
+def test_an_impossible_prompt_fails_with_its_reason_and_the_others_run(
+    short: ModelRunner, token_ids: tuple[int, ...], reason: str
+) -> None:
+    good = [make_prompt(f"p{n}", random_tokens(n, seed=n), 2) for n in (4, 20)]
+    bad = make_prompt("bad", token_ids, 2)
+    completions = draw(short, [good[0], bad, good[1]], sampling=sampling(), tokenizer=TOKENIZER)
+    for index in (0, 1):
+        failed = completions.pop(("bad", index))
+        assert failed.finish_reason is FinishReason.FAILED
+        assert reason in (failed.error or "")
+        assert failed.token_ids == failed.logprobs == failed.from_draft == []
+        assert failed.text == ""
+    assert tokens(completions) == tokens(draw(short, good, sampling=sampling()))
+    assert all(completion.error is None for completion in completions.values())
+
+
+def test_a_prompt_that_needs_more_blocks_than_there_are_fails_and_says_what_to_do(
+    llama: ModelRunner,
+) -> None:
+    engine = EngineConfig(num_blocks=4)  # 3 of 16 tokens
+    prompts = [make_prompt("fits", random_tokens(28, 1)), make_prompt("big", random_tokens(29, 1))]
+    completions = draw(llama, prompts, sampling=sampling(), engine=engine)
+    assert completions["fits", 0].error is None
+    assert "--num_blocks" in (completions["big", 0].error or "")
+
+
+@pytest.mark.parametrize("stream_width", [16, 1])
+def test_a_prompt_longer_than_the_cache_was_sized_for_still_runs(
+    llama: ModelRunner, stream_width: int
+) -> None:
+    prompt = make_prompt("long", random_tokens(CONTEXT - MAX_LENGTH, seed=1))
+    stream = make_engine(
+        llama,
+        sampling=sampling(),
+        engine=EngineConfig(stream_width=stream_width),
+        max_prompt_length=64,
+    )
+    completion = drain(stream, [prompt])["long", 0]
+    assert completion.error is None
+    assert len(completion.token_ids) == MAX_LENGTH
+
+
+# Logits that are not finite
+
+
+@contextmanager
+def poisoned(runner: ModelRunner, token: int, value: float = math.nan) -> Iterator[None]:
+    """Any text with `token` in it makes the model's logits NaN from there on."""
+    weight = runner.model.get_input_embeddings().weight
+    with torch.no_grad():
+        before = weight[token].clone()  # type: ignore[index]
+        weight[token] = value  # type: ignore[index]
+        try:
+            yield
+        finally:
+            weight[token] = before  # type: ignore[index]
+
+
+def unused_token(*prompts: Prompt, draws: Draws) -> int:
+    """A token that no prompt and no completion has."""
+    used = {token for prompt in prompts for token in prompt.token_ids}
+    used |= {token for completion in draws.values() for token in completion.token_ids}
+    return next(token for token in range(1, VOCAB_SIZE) if token not in used)
+
+
+def assert_poisoned(completion: Completion) -> None:
+    assert completion.finish_reason is FinishReason.FAILED
+    assert completion.error == "the model's logits are not finite at token 0"
+    assert completion.token_ids == []
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        EngineConfig(stream_width=3),
+        EngineConfig(stream_width=1),
+        EngineConfig(stream_width=3, kv_cache=False),
+        EngineConfig(stream_width=3, continuous_batching=False),
+        EngineConfig(stream_width=2, num_blocks=9),
+    ],
+    ids=["width3", "width1", "no_cache", "static", "few_blocks"],
+)
+@pytest.mark.parametrize("place", [0, 14])
+def test_not_finite_logits_fail_their_completions_and_leave_the_others_alone(
+    llama: ModelRunner, place: int, engine: EngineConfig
+) -> None:
+    clean = draw(llama, PROMPTS, sampling=FREE)
+    poison = unused_token(*PROMPTS, draws=clean)
+    text = list(random_tokens(30, seed=77))
+    text[place] = poison
+    bad = make_prompt("bad", text, 4)  # the most completions: it starts first and blocks go on
+    with poisoned(llama, poison):
+        completions = draw(llama, [*PROMPTS, bad], sampling=FREE, engine=engine)
+    for index in range(4):
+        assert_poisoned(completions.pop(("bad", index)))
+    assert tokens(completions) == tokens(clean)
+    for key, completion in completions.items():
+        assert completion.logprobs == clean[key].logprobs
+
+
+def test_not_finite_logits_after_a_long_prompt_fail_every_completion(llama: ModelRunner) -> None:
+    # The prompt is computed in chunks, and what the first completion left must not be reused.
+    clean = draw(llama, PROMPTS, sampling=FREE)
+    poison = unused_token(*PROMPTS, draws=clean)
+    bad = make_prompt("bad", [poison, *random_tokens(40, seed=77)], 3)
+    engine = EngineConfig(stream_width=2, max_batched_tokens=8)
+    with poisoned(llama, poison):
+        completions = draw(llama, [bad, *PROMPTS], sampling=FREE, engine=engine)
+    for index in range(3):
+        assert_poisoned(completions.pop(("bad", index)))
+    assert tokens(completions) == tokens(clean)
+
+
+def test_not_finite_logits_after_a_shared_preamble_leave_its_other_prompts_alone(
+    llama: ModelRunner,
+) -> None:
+    preamble = random_tokens(48, seed=99)
+    good = [make_prompt(f"q{n}", preamble + random_tokens(n, seed=n), 2) for n in (3, 9)]
+    clean = draw(llama, good, sampling=FREE)
+    poison = unused_token(*good, draws=clean)
+    bad = make_prompt("bad", (*preamble, poison, 5), 2)
+    with poisoned(llama, poison):
+        completions = draw(llama, [*good, bad], sampling=FREE, engine=EngineConfig(stream_width=3))
+    for index in range(2):
+        assert_poisoned(completions.pop(("bad", index)))
+    assert tokens(completions) == tokens(clean)
+
+
+def test_prompts_that_share_a_poisoned_preamble_all_fail(llama: ModelRunner) -> None:
+    clean = draw(llama, PROMPTS, sampling=FREE)
+    poison = unused_token(*PROMPTS, draws=clean)
+    preamble = (poison, *random_tokens(40, seed=77))
+    bad = [make_prompt(f"bad{n}", preamble + random_tokens(n, seed=n)) for n in (3, 9, 20)]
+    engine = EngineConfig(stream_width=2, max_batched_tokens=16)
+    with poisoned(llama, poison):
+        completions = draw(llama, bad, sampling=FREE, engine=engine)
+    for completion in completions.values():
+        assert_poisoned(completion)
+
+
+def test_a_poisoned_prompt_that_is_preempted_leaves_no_trace_in_its_blocks(
+    llama: ModelRunner,
+) -> None:
+    good = make_prompt("good", random_tokens(30, seed=30), 2)
+    clean = draw(llama, [good], sampling=FREE)
+    poison = unused_token(good, draws=clean)
+    # The long prompt is computed bit by bit while the other grows into its blocks: it is
+    # preempted before a draw could show that its keys are NaN.
+    bad = make_prompt("bad", [poison, *random_tokens(60, seed=77)])
+    stream = make_engine(
+        llama,
+        sampling=FREE,
+        engine=EngineConfig(stream_width=2, num_blocks=7, max_batched_tokens=4),
+        speculator=NO_SPECULATION,
+    )
+    preempted = []
+    preempt = stream.scheduler._preempt
+
+    def note(sequence) -> None:
+        if sequence.num_cached_tokens:
+            preempted.append(sequence.prompt.prompt_id)
+        preempt(sequence)
+
+    stream.scheduler._preempt = note  # type: ignore[method-assign]
+    with poisoned(llama, poison):
+        completions = drain(stream, [good, bad])
+    assert "bad" in preempted
+    assert_poisoned(completions.pop(("bad", 0)))
+    assert tokens(completions) == tokens(clean)
+
+
+def test_a_poisoned_draft_fails_nobody(llama: ModelRunner) -> None:
+    clean = draw(llama, PROMPTS, sampling=FREE)
+    poison = unused_token(*PROMPTS, draws=clean)
+    stream = make_engine(llama, sampling=FREE, engine=EngineConfig(stream_width=2))
+    stream.store.draft = lambda prompt, known, num: [poison] * num  # type: ignore[method-assign]
+    with poisoned(llama, poison):
+        completions = drain(stream, PROMPTS)
+    assert tokens(completions) == tokens(clean)
+
+
+def test_a_poisoned_token_0_fails_nobody_who_does_not_have_it(llama: ModelRunner) -> None:
+    # Batches are padded with it.
+    params = sampling(max_length=6)
+    prompts = [make_prompt(f"p{n}", random_tokens(n, seed=n)) for n in (3, 18, 33)]
+    clean = draw(llama, prompts, sampling=params)
+    assert all(0 not in completion.token_ids for completion in clean.values())
+    with poisoned(llama, 0):
+        completions = draw(
+            llama, prompts, sampling=params, engine=EngineConfig(max_batched_tokens=5)
+        )
+    assert tokens(completions) == tokens(clean)
+
+
+def test_logits_that_turn_infinite_on_the_way_keep_the_tokens_drawn_so_far(
+    llama: ModelRunner, free: Draws
+) -> None:
+    # The poison is a token that the completion draws itself.
+    drawn = free["p33", 0].token_ids
+    place = next(i for i in range(3, MAX_LENGTH - 1) if drawn[i] not in drawn[:i])
+    poison = drawn[place]
+    assert poison not in PROMPTS[2].token_ids
+    with poisoned(llama, poison):
+        completion = draw(llama, PROMPTS, sampling=FREE, speculator=NO_SPECULATION)["p33", 0]
+    assert completion.finish_reason is FinishReason.FAILED
+    assert completion.error == f"the model's logits are not finite at token {place + 1}"
+    assert completion.token_ids == drawn[: place + 1]
+    assert len(completion.logprobs) == len(completion.from_draft) == place + 1
+
+
+def test_a_completion_that_fails_on_the_way_leaves_the_next_ones_of_its_prompt_alone(
+    llama: ModelRunner, free: Draws
+) -> None:
+    first, *later = (free["p33", index].token_ids for index in range(3))
+    poison = next(
+        token
+        for token in first[3:-1]
+        if not any(token in text for text in (*later, PROMPTS[2].token_ids))
+    )
+    with poisoned(llama, poison):
+        completions = draw(llama, PROMPTS[2:], sampling=FREE, speculator=NO_SPECULATION)
+    assert completions["p33", 0].finish_reason is FinishReason.FAILED
+    assert [completions["p33", index].token_ids for index in (1, 2)] == later
+
+
+# Prompts come and go
+
+
+def test_run_yields_every_completion_as_it_finishes(llama: ModelRunner, free: Draws) -> None:
+    engine = make_engine(llama, sampling=FREE, engine=EngineConfig(stream_width=2))
+    seen = {}
+    for completion in engine.run(PROMPTS):
+        check_invariants(engine)
+        seen[completion.prompt.prompt_id, completion.sample_index] = completion.token_ids
+    assert seen == tokens(free)
+    assert not engine.has_work
+
+
+def test_completions_of_a_prompt_finish_in_the_order_asked_for(llama: ModelRunner) -> None:
+    prompt = Prompt(
+        prompt_id="p4",
+        token_ids=PROMPTS[0].token_ids,
+        text="",
+        question="",
+        sample_indices=(2, 0, 7),
+    )
+    engine = make_engine(llama, sampling=FREE)
+    assert [completion.sample_index for completion in engine.run([prompt])] == [2, 0, 7]
+
+
+def test_completions_of_a_prompt_do_not_overlap_in_time(free: Draws) -> None:
+    for prompt in PROMPTS:
+        for index in range(2):
+            before, after = (free[prompt.prompt_id, i] for i in (index, index + 1))
+            assert before.finished_at <= after.started_at
+
+
+def test_an_engine_without_work_does_nothing(llama: ModelRunner) -> None:
+    engine = make_engine(llama, sampling=FREE)
+    assert not engine.has_work
+    assert engine.step() == []
+
+
+def test_a_prompt_id_may_be_used_again_after_its_completions_are_out(
+    llama: ModelRunner, free: Draws
+) -> None:
+    engine = make_engine(llama, sampling=FREE)
+    for _ in range(2):
+        assert tokens(drain(engine, PROMPTS)) == tokens(free)
+
+
+def test_memory_is_that_of_the_open_prompts(llama: ModelRunner) -> None:
+    engine = make_engine(llama, sampling=FREE)
+    for _ in range(3):
+        drain(engine, PROMPTS)
+        assert engine.store.num_bytes == 0
+        assert engine.scheduler.block_manager.num_used == 0
+        assert not engine.scheduler._open
+        assert not engine.scheduler._computing
+
+
+# What the speculators learn
+
+
+def test_speculators_stay_within_their_memory(llama: ModelRunner, free: Draws) -> None:
+    engine = make_engine(llama, sampling=FREE, engine=EngineConfig(stream_width=3))
+    store = engine.store
+    cap = store._max_bytes = 40_000  # one of these prompts' speculators, not three
+    completions: dict = {}
+    most = 0
+    for prompt in PROMPTS:
+        engine.add(prompt)
+    while engine.has_work:
+        completions |= {(c.prompt.prompt_id, c.sample_index): c for c in engine.step()}
+        held = sum(speculator.num_bytes for speculator in store._speculators.values())
+        assert store.num_bytes == held
+        assert held <= cap or len(store._speculators) == 1
+        most = max(most, held)
+    assert most > cap / 2, "the cap was never in reach"
+    assert tokens(completions) == tokens(free)
+
+
+def repetitive(name: str) -> Prompt:
+    return make_prompt(name, [3, 4, 5, 6] * 5)
+
+
+def drafts(config: SpeculatorConfig, completion: list[int]) -> tuple[list[int], list[int]]:
+    """Drafts after the prompt's pattern, before and after a completion was observed."""
+    store = SpeculatorStore(config)
+    prompt = repetitive("p")
+    before = store.draft(prompt, [1, 2, 3, 4], 3)
+    store.observe(prompt, completion)
+    return before, store.draft(prompt, [1, 2, 3, 4], 3)
+
+
+def test_the_three_regimes_learn_from_what_they_are_told_to() -> None:
+    completion = [3, 4, 9, 8] * 9
+    both = SpeculatorConfig()
+    assert drafts(both, completion) == ([5, 6, 3], [9, 8, 3])
+    prompt_only = SpeculatorConfig(generation_training=False)
+    assert drafts(prompt_only, completion) == ([5, 6, 3], [5, 6, 3])
+    generations_only = SpeculatorConfig(prompt_training=False)
+    assert drafts(generations_only, completion) == ([], [9, 8, 3])
+
+
+def test_a_prompts_speculator_learns_nothing_from_other_prompts() -> None:
+    store = SpeculatorStore(SpeculatorConfig())
+    store.observe(repetitive("one"), [3, 4, 9, 8] * 9)
+    assert store.draft(repetitive("other"), [1, 2, 3, 4], 3) == [5, 6, 3]
+
+
+def test_a_resumed_prompts_speculator_knows_its_finished_completions() -> None:
+    store = SpeculatorStore(SpeculatorConfig())
+    prompt = make_prompt("p", [3, 4, 5, 6] * 5, finished=((3, 4, 9, 8) * 9,))
+    assert store.draft(prompt, [1, 2, 3, 4], 3) == [9, 8, 3]
+
+
+def test_a_dropped_speculator_starts_again_from_its_prompt() -> None:
+    store = SpeculatorStore(SpeculatorConfig())
+    prompt = repetitive("p")
+    store.observe(prompt, [3, 4, 9, 8] * 9)
+    store.drop(prompt)
+    assert store.num_bytes == 0
+    assert store.draft(prompt, [1, 2, 3, 4], 3) == [5, 6, 3]
+
+
+@pytest.mark.parametrize("regime", ["both", "prompt", "generations"])
+def test_a_model_that_repeats_itself_has_its_drafts_accepted(
+    llama: ModelRunner, regime: str
+) -> None:
+    # Greedy completions of a prompt are all the same, and its end is a repetition of its start.
+    config = SpeculatorConfig(
+        prompt_training=regime != "generations", generation_training=regime != "prompt"
+    )
+    greedy = SamplingParams(temperature=0, max_length=30)
+    start = make_prompt("start", random_tokens(9, seed=2))
+    said = draw(llama, [start], sampling=greedy)["start", 0].token_ids
+    prompt = make_prompt("p", (*start.token_ids, *said, *start.token_ids), 3)
+    completions = draw(llama, [prompt], sampling=greedy, speculator=config)
+    accepted = [sum(completions["p", index].accepted) for index in range(3)]
+    if regime == "prompt":
+        assert accepted[0] == accepted[1] == accepted[2]
+    else:
+        assert accepted[0] < accepted[1] == accepted[2]
+        assert accepted[1] >= 20
+    assert (sum(completions["p", 0].drafted) == 0) is (regime == "generations")
+
+
+def test_without_speculation_nothing_is_drafted(llama: ModelRunner) -> None:
+    completions = draw(llama, PROMPTS, sampling=FREE, speculator=NO_SPECULATION)
+    for completion in completions.values():
+        assert completion.drafted == completion.accepted == [0] * MAX_LENGTH
+        assert not any(completion.from_draft)
