@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors.worker import SamplerWorker
 from streaminator.config import JobConfig
@@ -49,7 +49,7 @@ class RayPool:
         ]
         self._pending: dict[Any, int] = {}
         try:
-            self.device_names = self._call_all(lambda worker: worker.device_name.remote())
+            self.device_names = self._call_all(lambda worker: worker.load.remote())
         except BaseException:
             self.shut_down()
             raise
@@ -92,26 +92,10 @@ def _get(reference: Any, worker: int, timeout: float | None = None) -> Any:
         if isinstance(cause, StreaminatorError):
             raise cause from None
         raise
-    except ActorDiedError as error:
-        cause = _cause_of_death(error)
-        if cause is not None:
-            raise cause from None
-        raise WorkerDiedError(f"worker {worker} died: {_last_line(error)}") from error
     except RayActorError as error:
         raise WorkerDiedError(f"worker {worker} died: {_last_line(error)}") from error
     except GetTimeoutError as error:
         raise WorkerDiedError(f"worker {worker} did not answer in {timeout:.0f} s") from error
-
-
-def _cause_of_death(error: ActorDiedError) -> StreaminatorError | None:
-    """The exception of our own that ended the actor's constructor."""
-    seen: BaseException | None = error
-    while seen is not None:
-        cause = getattr(seen, "cause", None) or seen.__cause__
-        if isinstance(cause, StreaminatorError):
-            return cause
-        seen = cause if isinstance(cause, BaseException) else None
-    return None
 
 
 def _last_line(error: BaseException) -> str:

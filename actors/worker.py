@@ -6,7 +6,6 @@ A plain class: `ray.remote(num_gpus=...)(SamplerWorker)` at the call site makes 
 Used by: `actors.pool`.
 """
 
-import os
 from collections.abc import Sequence
 
 import ray
@@ -21,14 +20,15 @@ class SamplerWorker:
     """One stream on one device, in its own process."""
 
     def __init__(self, config: JobConfig, worker: int, num_threads: int | None) -> None:
-        """Load the model. Raises: InputError, which Ray hands to the driver."""
-        os.environ.setdefault("TQDM_DISABLE", "1")
-        self._session = Session(config, num_threads=num_threads)
+        # Nothing that can fail: Ray keeps the exception of a constructor as text only.
+        self._config = config
         self._worker = worker
+        self._num_threads = num_threads
 
     @ray.method
-    def device_name(self) -> str:
-        """The device it runs on."""
+    def load(self) -> str:
+        """Load the model; returns the device's name. Raises: InputError."""
+        self._session = Session(self._config, num_threads=self._num_threads)
         return self._session.device_name
 
     @ray.method

@@ -96,10 +96,14 @@ class DataConfig:
     num_samples: int | None = _option(None, "number of prompts to take; default: all", tokens=True)
     num_completions: int = _option(8, "completions per prompt", tokens=True)
     question_column: str | None = _option(
-        None, "column of the question; default: question, problem or prompt", tokens=True
+        None,
+        "column of the question; default: question, problem, prompt, query, input or instruction",
+        tokens=True,
     )
     answer_column: str | None = _option(
-        None, "column of the reference answer; default: answer or solution, if there", tokens=True
+        None,
+        "column of the reference answer; default: answer, solution, gold or target, if there",
+        tokens=True,
     )
     id_column: str | None = _option(
         None, "column of a unique prompt id; default: a hash of the prompt", tokens=True

@@ -32,6 +32,9 @@ from streaminator.grading import make_grader
 from streaminator.progress import Report
 from streaminator.sequence import Completion, FinishReason, Prompt
 
+_MANY_PARAMETERS = 20_000_000
+"""From here on a second thread pays on a CPU."""
+
 _PART_ROWS = 1024
 _PART_SECONDS = 5.0
 _STEPS_PART_ROWS = 20_000
@@ -55,14 +58,21 @@ class Session:
     def __init__(self, config: JobConfig, *, num_threads: int | None = None) -> None:
         """Load tokenizer, grader and model.
 
+        Args:
+            config: resolved settings.
+            num_threads: threads of torch on a CPU; default: torch's own choice. A small model
+                gets one: its operations are shorter than the threads' meeting.
+
         Raises: InputError naming what cannot be used.
         """
-        if num_threads is not None:
-            torch.set_num_threads(num_threads)
         self._config = config
         self._grade = make_grader(config.data)
         self._tokenizer = load_tokenizer(config.model)
         self._runner = ModelRunner(config.model)
+        if self._runner.num_parameters < _MANY_PARAMETERS:
+            torch.set_num_threads(1)
+        elif num_threads is not None:
+            torch.set_num_threads(num_threads)
         self._writers: list[PartWriter] = []
 
     @property

@@ -80,6 +80,11 @@ class ModelRunner:
         return limit
 
     @property
+    def num_parameters(self) -> int:
+        """Weights of the model, tied ones once."""
+        return self.model.num_parameters()
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the token embedding."""
         return self.model.get_input_embeddings().num_embeddings
