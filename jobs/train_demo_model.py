@@ -51,7 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description="Train Streaminator's bundled demo model.")
     parser.add_argument("--output", type=Path, default=Path("streaminator/demo"))
-    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=3600, help="optimiser steps")
     parser.add_argument(
         "--decay-steps",
         type=int,
