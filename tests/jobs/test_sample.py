@@ -189,7 +189,7 @@ def test_speculators_that_learn_from_completions_climb_and_prompt_only_stays_fla
 
     def acceptance(name: str, *more: str) -> list[float]:
         draw(tmp_path / name, *flags, *more)
-        query = f"""SELECT sum(num_accepted_tokens) / sum(num_draft_tokens)
+        query = f"""SELECT sum(num_accepted_tokens) / nullif(sum(num_draft_tokens), 0)
             FROM '{tmp_path / name}/*/completions/*.parquet'
             GROUP BY sample_index ORDER BY sample_index"""
         return [row[0] for row in duckdb.sql(query).fetchall()]
