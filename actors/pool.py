@@ -70,7 +70,7 @@ class RayPool:
         return worker, _get(ready[0], worker)
 
     def close(self) -> None:
-        """Let every worker write out what is finished."""
+        """Let every worker write out what is finished, also when another one died."""
         self._call_all(lambda worker: worker.close.remote(), timeout=CLOSE_SECONDS)
 
     def shut_down(self) -> None:
@@ -80,7 +80,15 @@ class RayPool:
 
     def _call_all(self, call: Callable[[Any], Any], timeout: float | None = None) -> list[Any]:
         references = [call(worker) for worker in self._workers]
-        return [_get(ref, index, timeout) for index, ref in enumerate(references)]
+        results, errors = [], []
+        for index, reference in enumerate(references):
+            try:
+                results.append(_get(reference, index, timeout))
+            except StreaminatorError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return results
 
 
 def _get(reference: Any, worker: int, timeout: float | None = None) -> Any:
@@ -93,11 +101,6 @@ def _get(reference: Any, worker: int, timeout: float | None = None) -> Any:
             raise cause from None
         raise
     except RayActorError as error:
-        raise WorkerDiedError(f"worker {worker} died: {_last_line(error)}") from error
+        raise WorkerDiedError(f"worker {worker} died (killed, or out of memory?)") from error
     except GetTimeoutError as error:
         raise WorkerDiedError(f"worker {worker} did not answer in {timeout:.0f} s") from error
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:200] if lines else type(error).__name__

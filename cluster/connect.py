@@ -29,9 +29,9 @@ def connect(address: str | None) -> Iterator[None]:
         if address is not None:
             _knock(address)
         if address is None and not is_submitted:
-            ray.init(include_dashboard=False, logging_level=logging.ERROR, configure_logging=False)
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            ray.init(address=address or "auto", logging_level=logging.ERROR)
+            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"--address {where}: no Ray answers there ({line})") from error

@@ -40,7 +40,8 @@ def plan_workers(num_workers: int | None, *, use_gpu: bool) -> Placement:
         wanted = num_workers or num_gpus
         if wanted > num_gpus or not num_gpus:
             raise ConfigError(
-                f"--num_workers {wanted}: the cluster has {num_gpus} GPUs; ask for as many"
+                f"--device cuda with {wanted or 'any'} workers: the cluster has {num_gpus} GPUs; "
+                "ask for at most as many workers, or --device cpu"
             )
         return Placement(num_workers=wanted, num_cpus=1, num_gpus=1)
     wanted = num_workers or 1

@@ -21,6 +21,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 MIN_VOCABULARY = 32_000
 CONTEXT = 4096
+LOGIT_SPREAD = 4.0
+"""Standard deviation of the logits."""
 
 
 def save_random_llama(
@@ -49,5 +51,10 @@ def save_random_llama(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+        # Random logits are nearly flat; a trained model's spread is several nats. Sampling costs
+        # more on flat ones, which no user draws from.
+        model.model.norm.weight.data *= LOGIT_SPREAD / (
+            config.hidden_size**0.5 * config.initializer_range
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -11,7 +11,13 @@ from dataclasses import replace
 
 from streaminator.cli_args import parse
 from streaminator.config import JobConfig
-from streaminator.errors import ConfigError, InputError, StreaminatorError
+from streaminator.errors import (
+    ConfigError,
+    InputError,
+    StreaminatorError,
+    Terminated,
+    WorkerDiedError,
+)
 
 
 def main() -> int:
@@ -71,14 +77,15 @@ def main_program(
     except InputError as error:
         sys.stderr.write(f"{name}: {error}\n")
         return 2
-    except StreaminatorError as error:
+    except WorkerDiedError as error:
         sys.stderr.write(f"{name}: {error}{advice}\n")
+        return 1
+    except StreaminatorError as error:
+        sys.stderr.write(f"{name}: {error}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: interrupted{advice}\n")
         return 130
-    except BaseException as error:
-        if type(error).__name__ != "Terminated":
-            raise
+    except Terminated:
         sys.stderr.write(f"{name}: terminated{advice}\n")
         return 143

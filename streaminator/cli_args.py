@@ -126,6 +126,8 @@ def _load_toml(path: Path, known: dict[str, Field]) -> dict[str, Any]:
     values = {}
     for key, value in table.items():
         name = key.replace("-", "_")
+        if name not in known and name in {setting.name for _, setting in settings()}:
+            raise ConfigError(f"{path}: {key}: this program has no such setting; take it out")
         if name not in known:
             raise ConfigError(f"{path}: unknown key {key!r}{_nearest(name, list(known))}")
         values[name] = _checked(path, known[name], value)
@@ -136,6 +138,8 @@ def _checked(path: Path, setting: Field, value: Any) -> Any:
     scalar = _scalar_type(setting) if setting.type is not bool else bool
     if _is_tuple(setting) and isinstance(value, list):
         return tuple(_checked_scalar(path, setting, scalar, item) for item in value)
+    if _is_tuple(setting):
+        return (_checked_scalar(path, setting, scalar, value),)
     return _checked_scalar(path, setting, scalar, value)
 
 

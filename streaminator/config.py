@@ -47,10 +47,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Raises: ConfigError naming the setting and the allowed range."""
         _require(
-            self.temperature == 0 or self.temperature >= 1e-4,
+            self.temperature == 0 or 1e-4 <= self.temperature <= 1e4,
             "temperature",
             self.temperature,
-            "0 (greedy), or 0.0001 and more",
+            "0 (greedy), or between 0.0001 and 10000",
         )
         _require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")

@@ -31,17 +31,14 @@ from streaminator.data.files import clean_temp_files, hold
 from streaminator.data.parquet import completions_schema, read_finished
 from streaminator.data.prompts import load_prompts
 from streaminator.engine.checkpoint import check_model, load_tokenizer, model_fingerprint
-from streaminator.errors import DataError, StreaminatorError
+from streaminator.errors import ConfigError, StreaminatorError, Terminated
+from streaminator.grading import grader_fingerprint, make_grader
 from streaminator.pool import OpenRun, Pool
 from streaminator.progress import Progress
 from streaminator.run_record import Run, check_run, open_run, resolve_run_id
 from streaminator.sequence import Prompt
 from streaminator.summary import Summary, render, summarise
 from streaminator.wandb_log import WandbLog
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived."""
 
 
 def sample(config: JobConfig, make_pool: Callable[[JobConfig], Pool]) -> Summary:
@@ -55,37 +52,60 @@ def sample(config: JobConfig, make_pool: Callable[[JobConfig], Pool]) -> Summary
         InputError: before anything is written.
         StreaminatorError: the run could not go on; what is finished is on disk.
     """
+    with _sigterm_raises():
+        return _sample(config, make_pool)
+
+
+def _sample(config: JobConfig, make_pool: Callable[[JobConfig], Pool]) -> Summary:
     run_id = resolve_run_id(config)
     check_model(config.model)
     completions_schema(config.data.metadata_columns)  # refuses names that are taken
-    tokenizer = load_tokenizer(config.model)
-    prompts = list(load_prompts(config.data, tokenizer))
-    if not prompts:
-        raise DataError(f"--dataset {config.data.dataset}: no rows; nothing to sample")
+    make_grader(config.data)
+    prompts = list(load_prompts(config.data, load_tokenizer(config.model)))
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    _check_blocks(config, longest)
     fingerprints = {
         "model": model_fingerprint(config.model),
         "prompts": _prompts_fingerprint(prompts),
+        "grader": grader_fingerprint(config.data),
     }
     check_run(config.run.output, run_id, config, fingerprints=fingerprints)
-    log = WandbLog(config, run_id) if config.run.use_wandb else None
     pool = make_pool(config)
+    log = None
     try:
-        run = open_run(
-            config.run.output,
-            run_id,
-            config,
-            fingerprints=fingerprints,
-            gpus=[name for name in pool.device_names if name != "cpu"],
-        )
-        with hold(run.filesystem, run.path), _closing(pool):
-            _draw(config, pool, run, prompts, log)
+        log = WandbLog(config, run_id) if config.run.use_wandb else None
+        with hold(config.run.output, run_id):
+            run = open_run(
+                config.run.output,
+                run_id,
+                config,
+                fingerprints=fingerprints,
+                gpus=[name for name in pool.device_names if name != "cpu"],
+            )
+            with _closing(pool):
+                pool.open(OpenRun(uri=run.uri, attempt=run.attempt, max_prompt_length=longest))
+                _draw(config, pool, run, prompts, log)
+        summary = summarise(run.uri)
+    except BaseException:
+        if log is not None:
+            log.finish()
+        raise
     finally:
         pool.shut_down()
-    summary = summarise(run.uri)
     if log is not None:
         log.finish(summary)
     print(render(summary))  # noqa: T201 - the closing table is the program's output
     return summary
+
+
+def _check_blocks(config: JobConfig, longest: int) -> None:
+    size, given = config.engine.block_size, config.engine.num_blocks
+    needed = -(-(longest + config.sampling.max_length) // size) + 1
+    if given is not None and given < needed:
+        raise ConfigError(
+            f"--num_blocks {given}: the longest prompt ({longest} tokens) and --max_length "
+            f"{config.sampling.max_length} need {needed}; give as many, or leave it out"
+        )
 
 
 def _draw(
@@ -96,10 +116,8 @@ def _draw(
     num_total = sum(len(prompt.sample_indices) for prompt in prompts)
     num_done = num_total - sum(len(prompt.sample_indices) for prompt in left)
     _announce(run, num_done, num_total)
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    pool.open(OpenRun(uri=run.uri, attempt=run.attempt, max_prompt_length=longest))
     width = config.engine.stream_width
-    with _sigterm_raises(), Progress(num_total, num_done, width * pool.num_workers) as progress:
+    with Progress(num_total, num_done, width * pool.num_workers) as progress:
         for report in _drive(pool, left, width):
             progress.update(report)
             if log is not None:

@@ -46,5 +46,9 @@ class OutputError(StreaminatorError, OSError):
     """Results cannot be written or read back."""
 
 
+class Terminated(BaseException):
+    """SIGTERM arrived. Not an `Exception`, as KeyboardInterrupt is none."""
+
+
 class WorkerDiedError(StreaminatorError, RuntimeError):
     """A worker process ended before its work did."""

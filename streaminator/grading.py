@@ -10,7 +10,9 @@ Invariants
 Used by: the writer of completions, `jobs.*`.
 """
 
+import hashlib
 import importlib
+import inspect
 import math
 import re
 from collections import Counter
@@ -74,6 +76,8 @@ class Grade:
     """The reference answer in the same form; None: there is none."""
     is_correct: bool | None
     """None: not graded."""
+    error: str | None = None
+    """Why a grader of the user's could not say."""
 
 
 Grader = Callable[[str, str | None], Grade]
@@ -90,8 +94,10 @@ def make_grader(data: DataConfig) -> Grader:
     it returns whether the answer is right, or (answer, whether it is right), and is not called
     where there is no gold answer.
 
+    A grader of the user's that fails leaves that completion ungraded, with the reason in its row.
+
     Raises:
-        ConfigError: no such grader; later, from the grader: it failed or returned something else.
+        ConfigError: there is no such grader.
     """
     name = data.grader
     if name == "none":
@@ -99,6 +105,14 @@ def make_grader(data: DataConfig) -> Grader:
     if name is None or name in BUILTIN_GRADERS:
         return lambda text, gold: _grade(text, gold, name)
     return _user_grader(name)
+
+
+def grader_fingerprint(data: DataConfig) -> str:
+    """Hash of the source of a grader of the user's; of the name for the others."""
+    name = data.grader or "by the answers"
+    module_name, colon, _ = name.partition(":")
+    source = inspect.getsource(importlib.import_module(module_name)) if colon else name
+    return hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
 
 
 def pass_at_k(num: int, correct: int, k: int) -> float:
@@ -233,15 +247,15 @@ def _user_grader(name: str) -> Grader:
             return Grade(None, None, None)
         try:
             result: Any = function(text, gold)
-        except Exception as error:
-            raise ConfigError(
-                f"--grader {name}: raised {type(error).__name__}: {_one_line(error)}; correct the "
-                "function"
-            ) from error
+        except Exception as error:  # noqa: BLE001 - hours of work must not end with one text
+            return Grade(None, gold, None, f"raised {type(error).__name__}: {_one_line(error)}")
         answer, is_correct = result if _is_pair(result) else (None, result)
         if not isinstance(is_correct, bool) or not (answer is None or isinstance(answer, str)):
-            _reject(name, f"must return a bool or (text or None, bool), not {result!r:.100}")
-        return Grade(answer, gold, is_correct)
+            why = f"must return a bool or (text or None, bool), not {result!r:.100}"
+            return Grade(None, gold, None, why)
+        # Half a surrogate pair cannot be written.
+        clean = answer.encode("utf-8", "replace").decode() if answer is not None else None
+        return Grade(clean, gold, is_correct)
 
     return grade
 

@@ -72,21 +72,6 @@ class Run:
     """From 1."""
     record: RunRecord
 
-    @property
-    def is_resumed(self) -> bool:
-        """Whether an earlier attempt was recorded."""
-        return self.attempt > 1
-
-    @property
-    def completions(self) -> str:
-        """Path or URI of the folder of the completions table."""
-        return join_uri(self.uri, "completions")
-
-    @property
-    def steps(self) -> str:
-        """Path or URI of the folder of the steps table."""
-        return join_uri(self.uri, "steps")
-
 
 def default_run_id(config: JobConfig) -> str:
     """Model, dataset and a hash of the settings that do not change within a run."""

@@ -38,7 +38,7 @@ _MANY_PARAMETERS = 20_000_000
 _PART_ROWS = 1024
 _PART_SECONDS = 5.0
 _STEPS_PART_ROWS = 20_000
-_STEPS_PART_SECONDS = 30.0
+_STEPS_PART_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +46,6 @@ class WorkResult:
     """What came of one call of `Session.work`."""
 
     report: Report
-    finished_prompts: list[str]
-    """Ids of the prompts whose last completion is written or buffered."""
     num_open_prompts: int
     """Prompts the session still holds."""
 
@@ -138,25 +136,22 @@ class Session:
             self._num_left[prompt.prompt_id] = len(prompt.sample_indices)
             self.engine.add(prompt)
         report = Report()
-        done: list[str] = []
         deadline = time.monotonic() + max_seconds
         while self.engine.has_work:
             for completion in self.engine.step():
-                report += self._write(completion, done)
+                report += self._write(completion)
             report += self._count_step()
             self._completions.flush_if_due()
             if len(self._num_left) < min_open_prompts or time.monotonic() >= deadline:
                 break
-        return WorkResult(
-            report=report, finished_prompts=done, num_open_prompts=len(self._num_left)
-        )
+        return WorkResult(report=report, num_open_prompts=len(self._num_left))
 
     def close(self) -> None:
         """Write out what is buffered. Raises: OutputError."""
         for writer in self._writers:
             writer.close()
 
-    def _write(self, completion: Completion, done: list[str]) -> Report:
+    def _write(self, completion: Completion) -> Report:
         prompt = completion.prompt
         self._completions.write(
             completion_row(
@@ -171,7 +166,6 @@ class Session:
         self._num_left[prompt.prompt_id] -= 1
         if not self._num_left[prompt.prompt_id]:
             del self._num_left[prompt.prompt_id]
-            done.append(prompt.prompt_id)
         has_failed = completion.finish_reason is FinishReason.FAILED
         return Report(num_finished=int(not has_failed), num_failed=int(has_failed))
 

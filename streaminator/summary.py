@@ -9,7 +9,10 @@ Invariants
 Used by: the command lines at the end of a run, `streaminator.wandb_log`.
 """
 
+import re
 import shlex
+import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +39,9 @@ _COMPLETIONS_SQL = """
 _REASONS_SQL = f"""
     SELECT coalesce(error, 'no reason recorded'), count(*) FROM completions
     WHERE finish_reason = 'failed' GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT {_MAX_REASONS}"""
+_GRADER_SQL = f"""
+    SELECT grader_error, count(*) FROM completions
+    WHERE grader_error IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT {_MAX_REASONS}"""
 _ACCEPTANCE = "sum(num_accepted_tokens) / nullif(sum(num_draft_tokens), 0)"
 _TOKENS_PER_STEP = "sum(num_completion_tokens) / nullif(sum(num_steps), 0)"
 _GENERATIONS_SQL = f"""
@@ -87,6 +93,9 @@ class Summary:
     """From first to last, summed over the attempts."""
     tokens_per_second: float | None
     num_graded: int
+    """Failed completions count as wrong."""
+    grader_errors: dict[str, int]
+    """The most frequent reasons why a completion could not be graded."""
     accuracy: float | None
     pass_at_k: dict[int, float]
     majority_at_k: dict[int, float]
@@ -102,13 +111,14 @@ class Summary:
     @property
     def query(self) -> str:
         """A shell command that asks DuckDB for the acceptance rate by generation."""
-        files = join_uri(self.path, "completions", "*.parquet").partition("?")[0]
+        folder = re.sub(r"([*?\[])", r"[\1]", self.path.partition("?")[0])
+        files = join_uri(folder, "completions", "*.parquet")
         sql = (
             "SELECT sample_index, sum(num_accepted_tokens)/sum(num_draft_tokens) AS acceptance "
             f"FROM '{files.replace(chr(39), chr(39) * 2)}' GROUP BY 1 ORDER BY 1"
         )
         is_plain = not set(sql) & set('"$`\\!')
-        return f'duckdb -c "{sql}"' if is_plain else f"duckdb -c {shlex.quote(sql)}"
+        return f'{_duckdb()} -c "{sql}"' if is_plain else f"{_duckdb()} -c {shlex.quote(sql)}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -181,6 +191,7 @@ def _compute(connection: "DuckDBPyConnection", path: str, record: RunRecord | No
         wall_seconds=wall or 0.0,
         tokens_per_second=tokens / wall if wall else None,
         num_graded=num_graded,
+        grader_errors=dict(connection.execute(_GRADER_SQL).fetchall()),
         accuracy=accuracy,
         pass_at_k=pass_at_k,
         majority_at_k=majority_at_k,
@@ -202,7 +213,7 @@ def _compute(connection: "DuckDBPyConnection", path: str, record: RunRecord | No
 
 def _stream_widths(record: RunRecord | None) -> dict[int, int]:
     attempts = record.attempts if record else []
-    return {attempt["attempt"]: attempt["settings"]["stream_width"] for attempt in attempts}
+    return {attempt["attempt"]: attempt["settings"].get("stream_width", 0) for attempt in attempts}
 
 
 def _at_k(graded: list[tuple[list[str | None], list[bool]]]) -> tuple[dict, dict]:
@@ -215,7 +226,8 @@ def _at_k(graded: list[tuple[list[str | None], list[bool]]]) -> tuple[dict, dict
     for k in sorted({2**i for i in range(most.bit_length())} | {most}):
         enough = [(answers, correct) for answers, correct in graded if len(correct) >= k]
         passed[k] = sum(pass_at_k(len(c), sum(c), k) for _, c in enough) / len(enough)
-        majority[k] = sum(majority_at_k(a, c, k) for a, c in enough) / len(enough)
+        if any(answer is not None for answers, _ in enough for answer in answers):
+            majority[k] = sum(majority_at_k(a, c, k) for a, c in enough) / len(enough)
     return passed, majority
 
 
@@ -231,8 +243,9 @@ def render(summary: Summary) -> str:
         ("wall time", f"{s.wall_seconds:,.1f} s"),
         ("tokens per second", _number(s.tokens_per_second, ",.1f")),
         ("accuracy", f"{_number(s.accuracy, '.1%')} of {s.num_graded:,} graded"),
+        *(("", f"{count:,} x the grader {why}") for why, count in s.grader_errors.items()),
         *(
-            (f"pass@{k}", f"{value:.1%}, majority@{k} {s.majority_at_k[k]:.1%}")
+            (f"pass@{k}", f"{value:.1%}, majority@{k} {_number(s.majority_at_k.get(k), '.1%')}")
             for k, value in s.pass_at_k.items()
         ),
         ("acceptance rate", _number(s.acceptance_rate, ".1%")),
@@ -251,6 +264,12 @@ def render(summary: Summary) -> str:
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in lines), "", s.query])
+
+
+def _duckdb() -> str:
+    """The DuckDB command line: on the path, or installed beside this interpreter."""
+    beside = Path(sys.executable).parent / "duckdb"
+    return "duckdb" if shutil.which("duckdb") or not beside.exists() else str(beside)
 
 
 def _number(value: float | None, form: str) -> str:

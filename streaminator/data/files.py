@@ -96,25 +96,27 @@ def write_whole(filesystem: pafs.FileSystem, path: str, data: bytes | pa.Buffer)
 
 
 @contextmanager
-def hold(filesystem: pafs.FileSystem, run: str) -> Iterator[None]:
+def hold(output: str, run_id: str) -> Iterator[None]:
     """Keep a second driver out of a run's folder for the `with` block.
 
     On a local disk only; the operating system lets go when the process ends, however it ends.
 
-    Raises: RunBusyError when another process holds the run.
+    Raises: RunBusyError when another process holds the run; OutputError.
     """
+    filesystem, base = open_output(output)
     if not isinstance(filesystem, pafs.LocalFileSystem):
         yield
         return
-    with open(f"{run}/.lock", "w", encoding="ascii") as file:
-        try:
+    run = f"{base}/{run_id}"
+    try:
+        filesystem.create_dir(run)
+        with open(f"{run}/.lock", "w", encoding="ascii") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunBusyError(
-                f"{run}: another process is writing this run; wait for it, or choose another "
-                "--run_id"
-            ) from error
-        yield
+            yield
+    except BlockingIOError as error:
+        raise RunBusyError(
+            f"{run}: another process is writing this run; wait for it, or choose another --run_id"
+        ) from error
 
 
 def list_parts(filesystem: pafs.FileSystem, folder: str) -> list[str]:

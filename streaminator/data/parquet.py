@@ -76,6 +76,7 @@ COMPLETIONS = _schema(
     ("answer", pa.string(), "answer found in the text"),
     ("gold_answer", pa.string(), "reference answer"),
     ("is_correct", pa.bool_(), "whether they agree; null: not graded"),
+    ("grader_error", pa.string(), "why the user's grader could not grade it"),
     ("worker_id", pa.string(), "worker that drew it"),
     ("node", pa.string(), "machine of the worker"),
     ("attempt", pa.int32(), "attempt of the run (run.json) that drew it, from 1"),
@@ -157,6 +158,7 @@ def completion_row(
         "answer": grade.answer,
         "gold_answer": grade.gold,
         "is_correct": grade.is_correct,
+        "grader_error": grade.error,
         "worker_id": worker_id,
         "node": node,
         "attempt": attempt,
@@ -231,7 +233,8 @@ class PartWriter:
             write_whole(self._filesystem, self._next_path, sink.getvalue())
         except OSError as error:
             raise OutputError(
-                f"{self._next_path}: {len(self._rows)} rows cannot be written: {reason(error)}"
+                f"{self._next_path}: {len(self._rows)} rows cannot be written: {reason(error)}; "
+                "mend that, and the same command draws them again"
             ) from error
         self._rows = []
         self._num_parts += 1

@@ -53,13 +53,15 @@ def load_tokenizer(config: ModelConfig) -> transformers.PreTrainedTokenizerBase:
 
 
 def model_fingerprint(config: ModelConfig) -> str:
-    """Hash of the checkpoint's files in a folder; of the name for a hub model."""
+    """Hash of the checkpoint's files in a folder; of name and commit for a hub model."""
     source = Path(_source(config.model_name))
     digest = blake2b(digest_size=8)
     if not source.is_dir():
-        digest.update(config.model_name.encode())
+        found = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        commit = getattr(found, "_commit_hash", None)
+        digest.update(f"{config.model_name} {commit}".encode())
         return digest.hexdigest()
-    names = ("config.json", "*.safetensors", "*.bin")
+    names = ("*.json", "*.safetensors", "*.bin")
     for path in sorted(p for name in names for p in source.glob(name)):
         digest.update(path.name.encode())
         with path.open("rb") as file:

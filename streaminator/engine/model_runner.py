@@ -146,8 +146,11 @@ class ModelRunner:
         """Bytes: torch's on a GPU, this process's resident set on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        try:
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except FileNotFoundError:  # not Linux
+            return 0
 
     @torch.inference_mode()
     def _probe(self) -> dict[int, LayerShape]:
@@ -181,4 +184,5 @@ def _free_bytes(device: torch.device) -> int:
     """Memory the KV cache may take: most of what is free on a GPU, a third on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * 0.85)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 3
+    name = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") // 3

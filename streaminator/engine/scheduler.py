@@ -68,11 +68,6 @@ class Scheduler:
         """Prompts with completions still to finish."""
         return len(self._open)
 
-    @property
-    def num_waiting_prompts(self) -> int:
-        """Open prompts that have no sequence in flight."""
-        return len(self._open) - len(self._in_flight)
-
     def add(self, prompt: Prompt) -> None:
         """Queue a prompt. Its id must not be open already."""
         assert prompt.prompt_id not in self._open, f"prompt {prompt.prompt_id} is open already"

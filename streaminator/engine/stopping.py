@@ -29,6 +29,11 @@ class StopChecker:
         self._stop_token_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             self._stop_token_ids |= eos_token_ids
+        for stop in params.stop:
+            # Text is decoded without special tokens, so one given as text is looked for as token.
+            token = getattr(tokenizer, "added_tokens_encoder", {}).get(stop)
+            if token is not None:
+                self._stop_token_ids.add(token)
         # A stop string ends in the newest token, so it lies within so many last ones: every
         # token but a byte of a character, or a special one, adds at least one byte of text.
         self._window = max((len(s.encode()) for s in params.stop), default=0) + 8

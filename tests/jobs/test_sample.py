@@ -176,10 +176,13 @@ def test_the_library_front_draws_the_same(tmp_path, undisturbed):
 
 def test_toml_lies_under_the_flags_and_dry_run_shows_the_result(tmp_path, capsys):
     file = tmp_path / "job.toml"
-    file.write_text('seed = 7\nstream-width = 3\nstop = ["x", "y"]\ntop_p = 1\n')
+    file.write_text(
+        'seed = 7\nstream-width = 3\nstop = ["x", "y"]\nstop_token_ids = 5\ntop_p = 1\n'
+    )
     assert main(["--config", str(file), "--seed", "9", "--dry_run", "--output", "/never"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["seed"], shown["stream_width"], shown["stop"]) == (9, 3, ["x", "y"])
+    assert shown["stop_token_ids"] == [5]
     assert shown["device"] in ("cpu", "cuda")
 
 
@@ -253,6 +256,9 @@ def run_main(capsys, *flags: str) -> tuple[int, str]:
         (["--grader", "nowhere:f"], ["nowhere:f"]),
         (["--metadata_columns", "text"], ["--metadata_columns text"]),
         (["--run_id", "../up"], ["--run_id"]),
+        (["--num_blocks", "4"], ["--num_blocks 4", "need"]),
+        (["--temperature", "inf"], ["--temperature inf"]),
+        (["--config", "kind.toml"], ["kind.toml", "stop_token_ids", "int"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )
@@ -268,6 +274,7 @@ def test_bad_input_gets_one_line_exit_2_and_writes_nothing(
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     (tmp_path / "typo.toml").write_text("sede = 1\n")
+    (tmp_path / "kind.toml").write_text('stop_token_ids = "x"\n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?"}\n{"q": "2 + 2?"}\n')
     before = sorted(tmp_path.rglob("*"))
@@ -286,6 +293,21 @@ def test_a_run_id_of_other_settings_is_refused_with_the_differences(tmp_path, ca
     assert "seed: recorded 0, now 1" in line
     assert "top_k: recorded 0, now 5" in line
     assert len(rows(tmp_path)) == 15
+
+
+def test_a_grader_that_raises_costs_its_grades_and_not_the_run(tmp_path, monkeypatch, capsys):
+    (tmp_path / "picky.py").write_text(
+        "def grade(text, gold):\n    assert len(text) % 2, 'even'\n    return True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    draw(tmp_path / "out", "--grader", "picky:grade")
+    graded = rows(
+        tmp_path / "out", "prompt_id, sample_index, length(text), is_correct, grader_error"
+    )
+    assert len(graded) == 15
+    assert all((row[3] is None) == (row[2] % 2 == 0) for row in graded)
+    assert all(row[4] == "raised AssertionError: even" for row in graded if row[3] is None)
+    assert "x the grader raised AssertionError: even" in capsys.readouterr().out
 
 
 @pytest.mark.ray

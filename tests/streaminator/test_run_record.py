@@ -49,8 +49,7 @@ def test_a_run_id_that_was_asked_for_is_taken():
 def test_a_new_run_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["streaminator", "sample", "--seed", "5"])
     run = start(tmp_path, "r", fingerprint="abc", gpus=["H100"], seed=5, stream_width=3)
-    assert (run.attempt, run.is_resumed, run.path) == (1, False, str(tmp_path / "r"))
-    assert run.completions == str(tmp_path / "r" / "completions")
+    assert (run.attempt, run.path) == (1, str(tmp_path / "r"))
     record = json.loads((tmp_path / "r" / "run.json").read_text())
     assert record["settings"] == config(seed=5, stream_width=3).flat()
     assert record["fingerprints"] == {"model": "abc"}
@@ -67,7 +66,7 @@ def test_a_new_run_is_recorded(tmp_path, monkeypatch):
 def test_speed_settings_may_differ_when_a_run_is_resumed(tmp_path):
     start(tmp_path, stream_width=3)
     run = start(tmp_path, stream_width=7, num_workers=0, spec_decoding=False, logprobs=True)
-    assert (run.attempt, run.is_resumed) == (2, True)
+    assert run.attempt == 2
     attempts = json.loads((tmp_path / "r" / "run.json").read_text())["attempts"]
     assert [a["settings"]["stream_width"] for a in attempts] == [3, 7]
     assert "seed" not in attempts[1]["settings"]
@@ -95,7 +94,7 @@ def test_a_setting_younger_than_the_record_counts_as_its_default(tmp_path):
     record = json.loads(path.read_text())
     del record["settings"]["min_p"]
     path.write_text(json.dumps(record))
-    assert start(tmp_path).is_resumed
+    assert start(tmp_path).attempt == 2
     with pytest.raises(RunMismatchError, match=r"min_p: recorded 0\.0, now 0\.5"):
         start(tmp_path, min_p=0.5)
 

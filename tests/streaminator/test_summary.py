@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
-import shlex
+import subprocess
 
-import duckdb
 import pyarrow as pa
 import pytest
 from pyarrow import fs as pafs
@@ -160,9 +159,10 @@ def test_the_closing_table_tells_everything_once(run):
 
 
 def test_the_query_can_be_pasted(run):
-    program, flag, sql = shlex.split(summarise(run).query)
-    assert (program, flag) == ("duckdb", "-c")
-    assert duckdb.execute(sql).fetchall()[0] == (0, 0.25)
+    query = summarise(run).query
+    result = subprocess.run(query, shell=True, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "0.25" in result.stdout
 
 
 @pytest.mark.parametrize("name", ["it's", "a*[b]", "$HOME", "k=v"])
@@ -172,7 +172,8 @@ def test_unusual_folder_names_work(tmp_path, name):
     write(folder / "r" / "completions", COMPLETIONS, [completion("a", 0)])
     summary = summarise(folder / "r")
     assert summary.num_completions == 1
-    assert shlex.split(summary.query)[0] == "duckdb"
+    result = subprocess.run(summary.query, shell=True, capture_output=True, text=True, timeout=60)
+    assert "acceptance" in result.stdout, result.stderr
 
 
 def test_other_file_systems_give_the_same_summary(run, monkeypatch):
