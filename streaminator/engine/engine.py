@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from streaminator.config import EngineConfig, SamplingParams, SpeculatorConfig
@@ -35,6 +36,7 @@ from streaminator.engine.sampler import INVALID_TOKEN, noise_key, sample
 from streaminator.engine.scheduler import Scheduler
 from streaminator.engine.stopping import StopChecker
 from streaminator.sequence import Completion, FinishReason, Prompt, Sequence, StepStats
+from streaminator.speculative.speculator import Gain
 from streaminator.speculative.store import SpeculatorStore
 from streaminator.speculative.verify import count_accepted
 
@@ -128,27 +130,33 @@ class Engine:
         clock.lap("pack")
         logits = self.runner.forward(batch, self._cache)
         clock.lap("forward")
-        tokens, logprobs = self._sample(logits, batch)
+        tokens, logprobs, top_ids, top_probs = self._sample(logits, batch)
         clock.lap("sample")
         verdicts = _verify(sequences, tokens, logprobs)
         clock.lap("verify")
         running = len(self.scheduler.running)
-        num_new = 0
-        for sequence, drawn, drawn_logprobs in verdicts:
+        gains, ended = [], []
+        for sequence, drawn, drawn_logprobs, row in verdicts:
             before = len(sequence.token_ids)
             reason, error = self._commit(sequence, drawn, drawn_logprobs)
-            num_new += len(sequence.token_ids) - before
+            new = sequence.token_ids[before:]
+            if new:
+                rows = slice(row, row + len(new))
+                gains.append(Gain(sequence, new, top_ids[rows], top_probs[rows]))
             if reason is not None:
-                finished.append(self._retire(sequence, reason, error))
+                ended.append((sequence, reason, error))
+        if self._speculator_config.spec_decoding:
+            self.store.commit_all(gains)
+        finished.extend(self._retire(*end) for end in ended)
         clock.lap("commit")
         self.last_step = StepStats(
             time=time.time(),
             num_running=running,
             num_prefill_tokens=batch.num_tokens - len(tokens),
-            num_decode_tokens=sum(1 for _, drawn, _ in verdicts if drawn),
-            num_draft_tokens=sum(s.drafted[-1] for s, drawn, _ in verdicts if drawn),
-            num_accepted_tokens=sum(s.accepted[-1] for s, drawn, _ in verdicts if drawn),
-            num_new_tokens=num_new,
+            num_decode_tokens=sum(1 for _, drawn, _, _ in verdicts if drawn),
+            num_draft_tokens=sum(s.drafted[-1] for s, drawn, _, _ in verdicts if drawn),
+            num_accepted_tokens=sum(s.accepted[-1] for s, drawn, _, _ in verdicts if drawn),
+            num_new_tokens=sum(len(gain.token_ids) for gain in gains),
             num_blocks_used=self.scheduler.block_manager.num_used,
             device_memory=self.runner.memory_in_use(),
             **clock.seconds,
@@ -157,7 +165,7 @@ class Engine:
 
     def _start(self, prompt: Prompt, sample_index: int) -> Sequence:
         limit = len(prompt.token_ids) + self._sampling.max_length
-        return Sequence(
+        sequence = Sequence(
             prompt,
             sample_index,
             list(prompt.token_ids),
@@ -165,29 +173,38 @@ class Engine:
             min(limit, self.runner.max_model_len or limit),
             time.time(),
         )
+        if self._speculator_config.spec_decoding:
+            self.store.start(sequence)
+        return sequence
 
     def _draft(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
             sequence.draft = []
-            if not (self._speculator_config.spec_decoding and sequence.is_sampled):
-                continue
-            if not sequence.may_draft:
-                continue
-            # The step adds one token more than it accepts.
-            room = sequence.max_num_tokens - len(sequence.token_ids) - 1
-            cap = min(self._speculator_config.num_speculative_tokens, room)
-            if cap > 0:
-                draft = self.store.draft(sequence.prompt, sequence.token_ids, cap)
+        if not self._speculator_config.spec_decoding:
+            return
+        drafting = [s for s in sequences if s.is_sampled and s.may_draft]
+        # The step adds one token more than it accepts.
+        rooms = [s.max_num_tokens - len(s.token_ids) - 1 for s in drafting]
+        caps = [min(self._speculator_config.num_speculative_tokens, room) for room in rooms]
+        drafts = self.store.draft_all(drafting, caps)
+        for sequence, draft in zip(drafting, drafts, strict=True):
+            if draft:
                 sequence.draft = draft[: self.scheduler.reserve_draft(sequence, len(draft))]
 
-    def _sample(self, logits: torch.Tensor, batch: Batch) -> tuple[list[int], list[float]]:
+    def _sample(
+        self, logits: torch.Tensor, batch: Batch
+    ) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
+        num_top = self.store.num_top if self._speculator_config.spec_decoding else 0
         with torch.inference_mode():
-            tokens, logprobs = sample(
-                logits, batch.noise_keys, batch.noise_positions, self._sampling
-            )
+            drawn = sample(logits, batch.noise_keys, batch.noise_positions, self._sampling, num_top)
             # One transfer; token ids are exact in float64.
-            both = torch.stack([tokens.double(), logprobs.double()]).tolist()
-        return [int(token) for token in both[0]], both[1]
+            columns = [drawn.tokens[:, None], drawn.logprobs[:, None], drawn.top_ids]
+            columns.append(drawn.top_probs)
+            both = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
+        num_top = (both.shape[1] - 2) // 2
+        top_ids, top_probs = both[:, 2 : 2 + num_top], both[:, 2 + num_top :]
+        tokens = both[:, 0].astype(np.int64).tolist()
+        return tokens, both[:, 1].tolist(), top_ids.astype(np.int64), top_probs.astype(np.float32)
 
     def _commit(
         self, sequence: Sequence, drawn: list[int], logprobs: list[float]
@@ -222,11 +239,12 @@ class Engine:
 
     def _retire(self, sequence: Sequence, reason: FinishReason, error: str | None) -> Completion:
         completion = self._completion(sequence, reason, error)
-        if self._speculator_config.spec_decoding and reason is not FinishReason.FAILED:
-            self.store.observe(sequence.prompt, completion.token_ids)
+        has_failed = reason is FinishReason.FAILED
+        if self._speculator_config.spec_decoding:
+            self.store.finish(sequence, has_failed=has_failed)
         if sequence.sample_index == sequence.prompt.sample_indices[-1]:
             self.store.drop(sequence.prompt)
-        self.scheduler.retire(sequence, has_failed=reason is FinishReason.FAILED)
+        self.scheduler.retire(sequence, has_failed=has_failed)
         return completion
 
     def _completion(
@@ -273,17 +291,17 @@ class Engine:
 
 def _verify(
     sequences: list[Sequence], tokens: list[int], logprobs: list[float]
-) -> list[tuple[Sequence, list[int], list[float]]]:
-    """Each sequence with the tokens it gains; none where its prefill goes on."""
+) -> list[tuple[Sequence, list[int], list[float], int]]:
+    """Each sequence with the tokens it gains, none where its prefill goes on, and its first row."""
     verdicts = []
     row = 0
     for sequence in sequences:
         if not sequence.is_sampled:
-            verdicts.append((sequence, [], []))
+            verdicts.append((sequence, [], [], row))
             continue
         num_rows = 1 + len(sequence.draft)
         num = 1 + count_accepted(tokens[row : row + num_rows], sequence.draft)
-        verdicts.append((sequence, tokens[row : row + num], logprobs[row : row + num]))
+        verdicts.append((sequence, tokens[row : row + num], logprobs[row : row + num], row))
         row += num_rows
     return verdicts
 

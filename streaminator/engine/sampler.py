@@ -18,6 +18,7 @@ Used by: `engine.Engine`.
 
 import math
 from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 
@@ -30,6 +31,19 @@ INVALID_TOKEN = -1
 # Take a token id's place in the hash: the event "none of the candidates", and the choice then.
 _REST = -1
 _WITHIN_REST = -2
+
+
+class Drawn(NamedTuple):
+    """One token per row, and what the model said about it."""
+
+    tokens: torch.Tensor
+    """[R], `INVALID_TOKEN` where a row's logits hold NaN or +inf."""
+    logprobs: torch.Tensor
+    """[R] log-probability under the model at temperature 1 without filters."""
+    top_ids: torch.Tensor
+    """[R, M] the most likely tokens; M is 0 at temperature 0."""
+    top_probs: torch.Tensor
+    """[R, M] their probabilities at the sampling temperature, before filters; float32."""
 
 
 def noise_key(seed: int, prompt_id: str, sample_index: int) -> int:
@@ -54,7 +68,8 @@ def sample(
     keys: torch.Tensor,
     positions: torch.Tensor,
     params: SamplingParams,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    num_top: int = 0,
+) -> Drawn:
     """Draw a token for each row.
 
     Args:
@@ -62,35 +77,37 @@ def sample(
         keys: [R] `noise_key` of each row's completion.
         positions: [R] index of the drawn token in its completion.
         params: temperature 0 takes the most likely token.
-
-    Returns:
-        Tokens [R] (`INVALID_TOKEN` where a row's logits hold NaN or +inf), and their
-        log-probabilities [R] under the model at temperature 1 without filters.
+        num_top: M, at most `NUM_CANDIDATES`.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     log_total = logits.logsumexp(-1)
     if params.temperature == 0:
         tokens = logits.argmax(-1)
+        top_ids, top_probs = tokens[:, None][:, :0], logits[:, :0].float()
     else:
-        tokens = _draw(logits / params.temperature, keys, positions, params)
+        tokens, top_ids, top_probs = _draw(logits / params.temperature, keys, positions, params)
     logprobs = logits.gather(-1, tokens[:, None])[:, 0] - log_total
-    return torch.where(log_total.isfinite(), tokens, INVALID_TOKEN), logprobs
+    tokens = torch.where(log_total.isfinite(), tokens, INVALID_TOKEN)
+    return Drawn(tokens, logprobs, top_ids[:, :num_top], top_probs[:, :num_top])
 
 
 def _draw(
     scaled: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, params: SamplingParams
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens [R], and the candidates' ids and probabilities [R, C], most likely first."""
     size = scaled.shape[-1]
     num = min(size, max(NUM_CANDIDATES, params.top_k))
     values, ids = scaled.topk(num)
     logprobs = values.double() - scaled.logsumexp(-1, keepdim=True).double()
-    rest_mass = (1 - logprobs.exp().sum(-1)).clamp(min=0)
+    probs = logprobs.exp()
+    rest_mass = (1 - probs.sum(-1)).clamp(min=0)
+    top = ids, probs.float()
     is_filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
     scores = _filter(logprobs, params) if is_filtered else logprobs
     best, index = (scores + gumbel(keys, positions, ids)).max(-1)
     tokens = ids.gather(-1, index[:, None])[:, 0]
     if num == size or params.top_k:
-        return tokens
+        return tokens, *top
     # Rows are looked at one by one: which way a row goes must not depend on the others.
     if is_filtered:
         rows = _reaches_past(logprobs, rest_mass, params).nonzero()[:, 0]
@@ -99,7 +116,7 @@ def _draw(
             logprobs = _filter(values.log_softmax(-1).double(), params)
             index = (logprobs + gumbel(keys[rows], positions[rows], order)).argmax(-1)
             tokens[rows] = order.gather(-1, index[:, None])[:, 0]
-        return tokens
+        return tokens, *top
     rest = torch.full_like(ids[:, :1], _REST)
     rest_score = rest_mass.log() + gumbel(keys, positions, rest)[:, 0]
     rows = (rest_score > best).nonzero()[:, 0]
@@ -110,7 +127,7 @@ def _draw(
         uniform = _uniform(keys[rows], positions[rows], torch.full_like(rest[rows], _WITHIN_REST))
         index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
         tokens[rows] = index
-    return tokens
+    return tokens, *top
 
 
 def _reaches_past(

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface between the stream and whatever drafts tokens.
+"""The interfaces between the stream and whatever drafts tokens.
 
-A speculator belongs to one prompt. It may guess anything: a draft changes speed, never a token.
+The stream talks to one `Store`, for all its sequences at once; a `Speculator` is what the n-gram
+store keeps for each prompt. Either may guess anything: a draft changes speed, never a token.
 
-Used by: `ngram` (implements it), `store` (keeps them), `engine.Engine` (through the store).
+Used by: `ngram`, `store`, `memory_store` (implement them), `engine.Engine` (calls the store).
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaminator import sequence as flight
+from streaminator.sequence import Prompt
 
 
 class Speculator(Protocol):
@@ -27,4 +34,45 @@ class Speculator(Protocol):
     @property
     def num_bytes(self) -> int:
         """Memory held, approximately."""
+        ...
+
+
+class Gain(NamedTuple):
+    """What one sequence gained in a step."""
+
+    sequence: flight.Sequence
+    token_ids: list[int]
+    """Accepted drafts and one more."""
+    top_ids: NDArray[np.int64]
+    """[len(token_ids), M] the model's most likely tokens where each was drawn."""
+    top_probs: NDArray[np.float32]
+    """[len(token_ids), M] their probabilities."""
+
+
+class Store(Protocol):
+    """Drafts for all sequences of a stream."""
+
+    num_top: int
+    """M: how many of the model's most likely tokens it wants to learn from."""
+
+    def start(self, sequence: flight.Sequence) -> None:
+        """A completion begins."""
+        ...
+
+    def draft_all(
+        self, sequences: Sequence[flight.Sequence], caps: Sequence[int]
+    ) -> list[list[int]]:
+        """Guess up to `caps[i]` tokens that follow `sequences[i]`."""
+        ...
+
+    def commit_all(self, gains: Sequence[Gain]) -> None:
+        """Learn what a step drew; called before the sequences that end with it finish."""
+        ...
+
+    def finish(self, sequence: flight.Sequence, *, has_failed: bool) -> None:
+        """A completion has ended."""
+        ...
+
+    def drop(self, prompt: Prompt) -> None:
+        """All completions of `prompt` are done."""
         ...

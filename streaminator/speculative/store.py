@@ -13,13 +13,15 @@ from collections import OrderedDict
 from collections.abc import Sequence as Seq
 
 from streaminator.config import SpeculatorConfig
-from streaminator.sequence import Prompt
+from streaminator.sequence import Prompt, Sequence
 from streaminator.speculative.ngram import NGramSpeculator
-from streaminator.speculative.speculator import Speculator
+from streaminator.speculative.speculator import Gain, Speculator
 
 
 class SpeculatorStore:
-    """prompt_id -> speculator; decides what each is trained on."""
+    """prompt_id -> n-gram speculator; decides what each is trained on. A `speculator.Store`."""
+
+    num_top = 0
 
     def __init__(self, config: SpeculatorConfig) -> None:
         self._config = config
@@ -27,6 +29,24 @@ class SpeculatorStore:
         self._speculators: OrderedDict[str, Speculator] = OrderedDict()
         self.num_bytes = 0
         """Memory of all speculators, approximately."""
+
+    def start(self, sequence: Sequence) -> None:
+        """Nothing to prepare."""
+
+    def draft_all(self, sequences: Seq[Sequence], caps: Seq[int]) -> list[list[int]]:
+        """Draft up to `caps[i]` tokens for `sequences[i]`."""
+        return [
+            self.draft(sequence.prompt, sequence.token_ids, cap)
+            for sequence, cap in zip(sequences, caps, strict=True)
+        ]
+
+    def commit_all(self, gains: Seq[Gain]) -> None:
+        """Nothing: an n-gram model learns finished completions."""
+
+    def finish(self, sequence: Sequence, *, has_failed: bool) -> None:
+        """Learn a finished completion."""
+        if not has_failed:
+            self.observe(sequence.prompt, sequence.completion_token_ids)
 
     def draft(self, prompt: Prompt, token_ids: Seq[int], max_tokens: int) -> list[int]:
         """Draft for a sequence of `prompt` whose known tokens are `token_ids`."""

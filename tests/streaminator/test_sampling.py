@@ -150,10 +150,10 @@ def test_a_draw_does_not_depend_on_the_other_rows(name: str) -> None:
     logits = torch.cat([random_logits(4, 200, 4.0), random_logits(4, 200, 0.2, seed=1)])
     keys = torch.tensor([noise_key(0, "p", index) for index in range(8)])
     positions = torch.arange(8)
-    together, logprobs = sample(logits, keys, positions, params)
+    together, logprobs, *_ = sample(logits, keys, positions, params)
     for row in range(8):
         one = slice(row, row + 1)
-        token, logprob = sample(logits[one], keys[one], positions[one], params)
+        token, logprob, *_ = sample(logits[one], keys[one], positions[one], params)
         assert token.item() == together[row].item()
         assert logprob.item() == logprobs[row].item()
 
@@ -178,8 +178,8 @@ def test_a_draw_among_equal_logits_does_not_depend_on_the_other_rows(
     flat = random_logits(1, 400, 0.1)
     keys = torch.arange(num + 1)
     positions = torch.zeros(num + 1, dtype=torch.int64)
-    together, _ = sample(torch.cat([peaked, flat]), keys, positions, params)
-    alone, _ = sample(peaked, keys[:num], positions[:num], params)
+    together, _, *_ = sample(torch.cat([peaked, flat]), keys, positions, params)
+    alone, _, *_ = sample(peaked, keys[:num], positions[:num], params)
     assert torch.equal(together[:num], alone)
 
 
@@ -243,8 +243,8 @@ def test_consecutive_tokens_of_a_completion_are_drawn_independently() -> None:
     keys = torch.tensor([noise_key(0, f"p{i}", 0) for i in range(num)])
     rows = logits.expand(num, -1)
     params = SamplingParams(temperature=1.0)
-    first, _ = sample(rows, keys, torch.zeros(num, dtype=torch.int64), params)
-    second, _ = sample(rows, keys, torch.ones(num, dtype=torch.int64), params)
+    first, _, *_ = sample(rows, keys, torch.zeros(num, dtype=torch.int64), params)
+    second, _, *_ = sample(rows, keys, torch.ones(num, dtype=torch.int64), params)
     probs = logits.softmax(-1)[0]
     assert_follows(
         torch.bincount(first * 6 + second, minlength=36), torch.outer(probs, probs).flatten()
@@ -259,7 +259,7 @@ def test_logprobs_are_the_models_at_temperature_1_without_filters(
     params = SamplingParams(**({"temperature": 1.0} | FILTERS[name]))
     logits = random_logits(30, 100, 2.0).to(dtype)
     keys = torch.arange(30)
-    drawn, logprobs = sample(logits, keys, keys, params)
+    drawn, logprobs, *_ = sample(logits, keys, keys, params)
     expected = logits.double().log_softmax(-1).gather(-1, drawn[:, None])[:, 0]
     torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-5)
 
@@ -273,9 +273,9 @@ def test_a_row_that_is_not_finite_is_invalid_and_the_others_are_not_touched(
     params = SamplingParams(temperature=temperature)
     logits = random_logits(5, size, 1.0)
     keys = torch.arange(5)
-    clean, _ = sample(logits, keys, keys, params)
+    clean, _, *_ = sample(logits, keys, keys, params)
     logits[2, 3] = poison
-    drawn, _ = sample(logits, keys, keys, params)
+    drawn, _, *_ = sample(logits, keys, keys, params)
     assert drawn[2] == INVALID_TOKEN
     is_clean = torch.arange(5) != 2
     assert torch.equal(drawn[is_clean], clean[is_clean])
@@ -292,7 +292,7 @@ def test_a_token_that_the_model_rules_out_is_never_drawn(name: str) -> None:
 def test_temperature_0_takes_the_most_likely_token() -> None:
     logits = random_logits(30, 150, 1.0)
     keys = torch.arange(30)
-    drawn, _ = sample(logits, keys, keys, SamplingParams(temperature=0))
+    drawn, _, *_ = sample(logits, keys, keys, SamplingParams(temperature=0))
     assert torch.equal(drawn, logits.argmax(-1))
 
 
@@ -300,7 +300,7 @@ def test_temperature_0_takes_the_most_likely_token() -> None:
 def test_a_temperature_near_0_takes_the_most_likely_token(temperature: float) -> None:
     logits = random_logits(30, 150, 3.0)
     keys = torch.arange(30)
-    drawn, _ = sample(logits, keys, keys, SamplingParams(temperature=temperature))
+    drawn, _, *_ = sample(logits, keys, keys, SamplingParams(temperature=temperature))
     assert torch.equal(drawn, logits.argmax(-1))
 
 
@@ -308,5 +308,5 @@ def test_a_filter_that_keeps_one_token_is_greedy() -> None:
     logits = random_logits(30, 150, 1.0)
     keys = torch.arange(30)
     for kept_one in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
-        drawn, _ = sample(logits, keys, keys, SamplingParams(temperature=1.0, **kept_one))
+        drawn, _, *_ = sample(logits, keys, keys, SamplingParams(temperature=1.0, **kept_one))
         assert torch.equal(drawn, logits.argmax(-1))
