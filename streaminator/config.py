@@ -16,7 +16,7 @@ from typing import Any
 from streaminator.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-SPECULATORS = ("ngram",)
+SPECULATORS = ("ngram", "memory")
 
 
 def _option(default: Any, help: str, *, tokens: bool = False, choices: tuple = ()) -> Any:
@@ -174,8 +174,12 @@ class SpeculatorConfig:
     """What drafts are made of. Changes speed, never a token."""
 
     spec_decoding: bool = _option(True, "draft tokens and verify them (speculative decoding)")
-    speculator: str = _option("ngram", "kind of per-prompt speculator", choices=SPECULATORS)
-    num_speculative_tokens: int = _option(4, "most drafted tokens per completion and step")
+    speculator: str = _option("memory", "kind of speculator", choices=SPECULATORS)
+    num_speculative_tokens: int = _option(8, "most drafted tokens per completion and step")
+    shared_memory: bool = _option(True, "memory: prompts share a tier of short contexts")
+    num_top_tokens: int = _option(
+        8, "memory: the model's most likely tokens to learn from at each position; 0: none"
+    )
     ngram_order: int = _option(3, "order of the n-gram speculator (2: bigram)")
     prompt_training: bool = _option(True, "train each speculator on its prompt")
     generation_training: bool = _option(True, "train each speculator on its own completions")
@@ -188,6 +192,12 @@ class SpeculatorConfig:
             "num_speculative_tokens",
             self.num_speculative_tokens,
             "1 or more (--no_spec_decoding switches drafting off)",
+        )
+        _require(
+            0 <= self.num_top_tokens <= 64,
+            "num_top_tokens",
+            self.num_top_tokens,
+            "between 0 and 64",
         )
         _require(self.ngram_order >= 1, "ngram_order", self.ngram_order, "1 or more")
         _require(

@@ -165,7 +165,7 @@ def make_engine(
         tokenizer,
         sampling=sampling or SamplingParams(),
         engine=engine or EngineConfig(),
-        speculator=speculator or SpeculatorConfig(),
+        speculator=speculator or SpeculatorConfig(speculator="ngram"),
         max_prompt_length=max_prompt_length,
     )
 

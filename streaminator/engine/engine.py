@@ -36,7 +36,7 @@ from streaminator.engine.sampler import INVALID_TOKEN, noise_key, sample
 from streaminator.engine.scheduler import Scheduler
 from streaminator.engine.stopping import StopChecker
 from streaminator.sequence import Completion, FinishReason, Prompt, Sequence, StepStats
-from streaminator.speculative.speculator import Gain
+from streaminator.speculative.speculator import Gain, Store
 from streaminator.speculative.store import SpeculatorStore
 from streaminator.speculative.verify import count_accepted
 
@@ -73,7 +73,7 @@ class Engine:
         self._stopping = StopChecker(sampling, runner.eos_token_ids, tokenizer)
         length = max_prompt_length + sampling.max_length
         cache = runner.make_cache(engine, min(length, runner.max_model_len or length))
-        self.store = SpeculatorStore(speculator)
+        self.store = _make_store(speculator, is_greedy=sampling.temperature == 0)
         self.scheduler = Scheduler(
             BlockManager(cache.num_blocks, cache.block_size),
             stream_width=engine.stream_width,
@@ -287,6 +287,15 @@ class Engine:
             self._cache.grow(needed)
             manager.grow(needed)
         return None
+
+
+def _make_store(config: SpeculatorConfig, *, is_greedy: bool) -> Store:
+    if config.spec_decoding and config.speculator == "memory":
+        # Imported late: its compiled loops take a moment to load.
+        from streaminator.speculative.memory_store import MemoryStore
+
+        return MemoryStore(config, is_greedy=is_greedy)
+    return SpeculatorStore(config)
 
 
 def _verify(

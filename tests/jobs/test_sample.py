@@ -122,9 +122,11 @@ def test_a_second_process_cannot_write_the_same_run(tmp_path, capsys):
     [
         ["--no_spec_decoding"],
         ["--num-speculative-tokens", "1"],
-        ["--num_speculative_tokens=8", "--ngram_order", "4"],
+        ["--num_top_tokens", "0", "--no_shared_memory"],
         ["--no_prompt_training"],
-        ["--no_generation_training", "--ngram_order", "2"],
+        ["--speculator", "ngram"],
+        ["--speculator", "ngram", "--num_speculative_tokens=8", "--ngram_order", "4"],
+        ["--speculator", "ngram", "--no_generation_training", "--ngram_order", "2"],
         ["--stream_width", "1"],
         ["--stream_width", "3"],
         ["--no_kv_cache"],
@@ -188,7 +190,7 @@ def test_toml_lies_under_the_flags_and_dry_run_shows_the_result(tmp_path, capsys
 
 def test_speculators_that_learn_from_completions_climb_and_prompt_only_stays_flat(tmp_path):
     flags = ["--num_samples", "32", "--num_completions", "6", "--max_length", "96"]
-    flags += ["--num_speculative_tokens", "1", "--ngram_order", "2"]
+    flags += ["--num_speculative_tokens", "1", "--speculator", "ngram", "--ngram_order", "2"]
 
     def acceptance(name: str, *more: str) -> list[float]:
         draw(tmp_path / name, *flags, *more)
@@ -205,6 +207,18 @@ def test_speculators_that_learn_from_completions_climb_and_prompt_only_stays_fla
     assert min(generations[1:]) > max(prompt_only)
     assert both[1] > both[0] + 0.05
     assert sum(both[3:]) / 3 > both[1]
+
+
+def test_the_memory_accepts_far_more_than_the_bigram(tmp_path):
+    flags = ["--num_samples", "32", "--num_completions", "6", "--max_length", "96"]
+    query = "SELECT sum(num_completion_tokens) / sum(num_steps) FROM '{}/*/completions/*.parquet'"
+
+    def tokens_per_step(name: str, *more: str) -> float:
+        draw(tmp_path / name, *flags, *more)
+        return duckdb.sql(query.format(tmp_path / name)).fetchall()[0][0]
+
+    bigram = tokens_per_step("bigram", "--speculator", "ngram", "--ngram_order", "2")
+    assert tokens_per_step("memory", "--speculator", "memory") > 1.3 * bigram
 
 
 def test_a_prompt_longer_than_the_context_fails_alone_and_says_why(tmp_path):

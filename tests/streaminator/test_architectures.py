@@ -12,7 +12,7 @@ from streaminator.errors import ModelError
 from tests.fakes import ARCHITECTURES, draw, load_runner, make_prompt, random_tokens, save_model
 
 ENGINE = EngineConfig(stream_width=2, max_batched_tokens=16, block_size=16)
-SPECULATOR = SpeculatorConfig(num_speculative_tokens=4, ngram_order=2)
+SPECULATOR = SpeculatorConfig(speculator="ngram", num_speculative_tokens=4, ngram_order=2)
 # Prompts that end within, at and past a block, longer and shorter than a sliding window.
 LENGTHS = (5, 32, 51)
 

@@ -544,28 +544,28 @@ def drafts(config: SpeculatorConfig, completion: list[int]) -> tuple[list[int], 
 
 def test_the_three_regimes_learn_from_what_they_are_told_to() -> None:
     completion = [3, 4, 9, 8] * 9
-    both = SpeculatorConfig()
+    both = SpeculatorConfig(speculator="ngram")
     assert drafts(both, completion) == ([5, 6, 3], [9, 8, 3])
-    prompt_only = SpeculatorConfig(generation_training=False)
+    prompt_only = SpeculatorConfig(speculator="ngram", generation_training=False)
     assert drafts(prompt_only, completion) == ([5, 6, 3], [5, 6, 3])
-    generations_only = SpeculatorConfig(prompt_training=False)
+    generations_only = SpeculatorConfig(speculator="ngram", prompt_training=False)
     assert drafts(generations_only, completion) == ([], [9, 8, 3])
 
 
 def test_a_prompts_speculator_learns_nothing_from_other_prompts() -> None:
-    store = SpeculatorStore(SpeculatorConfig())
+    store = SpeculatorStore(SpeculatorConfig(speculator="ngram"))
     store.observe(repetitive("one"), [3, 4, 9, 8] * 9)
     assert store.draft(repetitive("other"), [1, 2, 3, 4], 3) == [5, 6, 3]
 
 
 def test_a_resumed_prompts_speculator_knows_its_finished_completions() -> None:
-    store = SpeculatorStore(SpeculatorConfig())
+    store = SpeculatorStore(SpeculatorConfig(speculator="ngram"))
     prompt = make_prompt("p", [3, 4, 5, 6] * 5, finished=((3, 4, 9, 8) * 9,))
     assert store.draft(prompt, [1, 2, 3, 4], 3) == [9, 8, 3]
 
 
 def test_a_dropped_speculator_starts_again_from_its_prompt() -> None:
-    store = SpeculatorStore(SpeculatorConfig())
+    store = SpeculatorStore(SpeculatorConfig(speculator="ngram"))
     prompt = repetitive("p")
     store.observe(prompt, [3, 4, 9, 8] * 9)
     store.drop(prompt)
@@ -579,7 +579,9 @@ def test_a_model_that_repeats_itself_has_its_drafts_accepted(
 ) -> None:
     # Greedy completions of a prompt are all the same, and its end is a repetition of its start.
     config = SpeculatorConfig(
-        prompt_training=regime != "generations", generation_training=regime != "prompt"
+        speculator="ngram",
+        prompt_training=regime != "generations",
+        generation_training=regime != "prompt",
     )
     greedy = SamplingParams(temperature=0, max_length=30)
     start = make_prompt("start", random_tokens(9, seed=2))

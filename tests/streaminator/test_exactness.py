@@ -26,6 +26,7 @@ SAMPLING = {
 }
 PLAIN = SAMPLING["temperature"]
 NO_SPECULATION = SpeculatorConfig(spec_decoding=False)
+MEMORY = SpeculatorConfig(speculator="memory")
 ALONE = EngineConfig(stream_width=1)
 PROMPTS = [make_prompt(f"p{n}", random_tokens(n, seed=n), 3) for n in (4, 19, 33, 40)]
 SMALL_PROMPTS = [make_prompt(p.prompt_id, p.token_ids, 2) for p in PROMPTS[:3]]
@@ -64,12 +65,19 @@ def test_the_reference_is_worth_comparing_with(reference: Draws) -> None:
     "speculator",
     [
         NO_SPECULATION,
-        *(SpeculatorConfig(num_speculative_tokens=num) for num in (1, 4, 8)),
-        *(SpeculatorConfig(ngram_order=order) for order in (1, 2, 4)),
-        SpeculatorConfig(ngram_order=2, generation_training=False),
-        SpeculatorConfig(ngram_order=2, prompt_training=False),
+        *(SpeculatorConfig(speculator="ngram", num_speculative_tokens=num) for num in (1, 4, 8)),
+        *(SpeculatorConfig(speculator="ngram", ngram_order=order) for order in (1, 2, 4)),
+        SpeculatorConfig(speculator="ngram", ngram_order=2, generation_training=False),
+        SpeculatorConfig(speculator="ngram", ngram_order=2, prompt_training=False),
+        MEMORY,
+        SpeculatorConfig(speculator="memory", num_speculative_tokens=2, shared_memory=False),
+        SpeculatorConfig(speculator="memory", num_top_tokens=0, prompt_training=False),
+        SpeculatorConfig(speculator="memory", generation_training=False),
     ],
-    ids=["off", "k1", "k4", "k8", "order1", "order2", "order4", "prompt_only", "generations_only"],
+    ids=[
+        *("off", "k1", "k4", "k8", "order1", "order2", "order4", "prompt_only"),
+        *("generations_only", "memory", "memory_private", "memory_tokens", "memory_prompt_only"),
+    ],
 )
 def test_the_speculator_changes_no_token(
     llama: ModelRunner, reference: Draws, speculator: SpeculatorConfig
@@ -80,7 +88,9 @@ def test_the_speculator_changes_no_token(
     )
 
 
-@pytest.mark.parametrize("speculator", [NO_SPECULATION, SpeculatorConfig(ngram_order=2)])
+@pytest.mark.parametrize(
+    "speculator", [NO_SPECULATION, SpeculatorConfig(speculator="ngram", ngram_order=2), MEMORY]
+)
 @pytest.mark.parametrize(
     "engine",
     [
@@ -131,7 +141,7 @@ def test_preemption_changes_no_token(
             kv_cache=kv_cache,
             max_batched_tokens=max_batched_tokens,
         ),
-        speculator=SpeculatorConfig(ngram_order=2),
+        speculator=SpeculatorConfig(speculator="ngram", ngram_order=2),
     )
     num_lost = 0
     preempt = engine.scheduler._preempt
@@ -228,7 +238,7 @@ def test_texts_of_several_key_chunks_do_not_depend_on_their_neighbours(llama: Mo
         prompts,
         sampling=sampling,
         engine=EngineConfig(stream_width=4, max_batched_tokens=200),
-        speculator=SpeculatorConfig(ngram_order=2),
+        speculator=SpeculatorConfig(speculator="ngram", ngram_order=2),
     )
     assert_same(together, alone)
 
@@ -324,7 +334,9 @@ def test_no_draft_however_wrong_changes_a_token(
             num_blocks=num_blocks,
             kv_cache=kv_cache,
         ),
-        speculator=SpeculatorConfig(num_speculative_tokens=num_speculative_tokens),
+        speculator=SpeculatorConfig(
+            speculator="ngram", num_speculative_tokens=num_speculative_tokens
+        ),
     )
     draft_with(engine, reference, drafters, seed)
     completions = drain(engine, SMALL_PROMPTS)
@@ -358,7 +370,9 @@ def test_drafted_accepted_and_from_draft_account_for_every_token(
         temperature=0.8, max_length=MAX_LENGTH, stop_token_ids=stop_ids, ignore_eos=True
     )
     engine = make_engine(
-        llama, sampling=sampling, speculator=SpeculatorConfig(num_speculative_tokens=7)
+        llama,
+        sampling=sampling,
+        speculator=SpeculatorConfig(speculator="ngram", num_speculative_tokens=7),
     )
     draft_with(engine, reference, [half_right, perfect], seed=3)
     completions = drain(engine, PROMPTS)
@@ -371,7 +385,9 @@ def test_drafted_accepted_and_from_draft_account_for_every_token(
 
 def test_perfect_drafts_take_the_fewest_steps(llama: ModelRunner, reference: Draws) -> None:
     engine = make_engine(
-        llama, sampling=PLAIN, speculator=SpeculatorConfig(num_speculative_tokens=4)
+        llama,
+        sampling=PLAIN,
+        speculator=SpeculatorConfig(speculator="ngram", num_speculative_tokens=4),
     )
 
     def draft(prompt: Prompt, token_ids: Sequence[int], max_tokens: int) -> list[int]:
@@ -390,7 +406,7 @@ def test_the_step_counts_add_up_to_the_completions(llama: ModelRunner) -> None:
         llama,
         sampling=PLAIN,
         engine=EngineConfig(stream_width=3, max_batched_tokens=16),
-        speculator=SpeculatorConfig(ngram_order=2),
+        speculator=SpeculatorConfig(speculator="ngram", ngram_order=2),
     )
     for prompt in PROMPTS:
         engine.add(prompt)

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory of everything a worker's prompts have said, and drafts from it.
+
+Each open prompt has a table of the contexts in its prompt and completions (up to 12 tokens), all
+prompts together have one more (up to 4 tokens). Drafts are chains. See `memory_kernels` for how
+orders are mixed, how long a draft gets and what the sampler's noise is for.
+
+Invariants
+- Counts are a function of the tokens (and distributions) observed, in order.
+- Bounded by `max_bytes`: tables double as they fill. A prompt's stops at 1/8 of the whole, the
+  shared one at 1/4; then the half of its contexts that was not touched longest goes. When the
+  arena is full, the table of the prompt that was started longest ago goes; that prompt drafts
+  from the shared table until its next completion.
+- Work is linear in tokens drafted and tokens committed. Growing a table costs its size, which
+  doubles: constant per token.
+
+A token that is new in all its contexts costs 11 rows of 32 bytes in its prompt's table and 6 in the
+shared one; tables are between 0.4 and 0.8 full: 440 to 880 bytes and 240 to 480. A token already
+known in its contexts costs nothing.
+
+Used by: `replay`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaminator.speculative import memory_kernels as kernels
+from streaminator.speculative import memory_rates as rates
+from streaminator.speculative.arena import Arena
+from streaminator.speculative.memory_tables import (
+    CLOCK,
+    MAX_ORDER,
+    NUM_CONTEXTS,
+    NUM_ROWS,
+    NUM_SHARED_CONTEXTS,
+    NUM_SLOTS,
+    ROW_BYTES,
+    START,
+    USED_OVERFLOW,
+    USED_SLOTS,
+    Ints,
+    rebuild,
+)
+
+MAX_DRAFT = 64
+"""No draft is longer."""
+_MIN_ROWS = 256
+_SHARED = 0
+_CHUNK = 512  # tokens learned between two looks at the room left
+
+
+class Drafts(NamedTuple):
+    """Chains for n sequences, padded to the longest."""
+
+    tokens: Ints
+    """[n, k] token ids, 0 behind the end."""
+    lengths: Ints
+    """[n]"""
+    survival: NDArray[np.float32]
+    """[n, k] probability that the token and all before it are accepted; 0 behind the end."""
+
+
+class Memory:
+    """The memories of all prompts of a worker.
+
+    Args:
+        max_bytes: of tables; rounded down to a power of two.
+        shared: whether prompts share a tier.
+        noise: draft with the sampler's noise (temperature above 0).
+        min_survival: no token less likely to be accepted is drafted.
+        learns_prompts: whether a prompt's own text is observed.
+        learns_completions: whether completions are.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_bytes: int = 256 << 20,
+        shared: bool = True,
+        noise: bool = False,
+        min_survival: float = 0.1,
+        learns_prompts: bool = True,
+        learns_completions: bool = True,
+    ) -> None:
+        self._arena = Arena(max_bytes)
+        num_rows = len(self._arena.rows)
+        self._max_rows = max(num_rows // 8, _MIN_ROWS)
+        self._shared_max_rows = max(num_rows // 4, _MIN_ROWS)
+        self._shared = shared
+        self.min_survival = min_survival
+        self._learns_prompts = learns_prompts
+        self._learns_completions = learns_completions
+        self._strengths = rates.NOISE_STRENGTHS if noise else np.zeros(1)
+        self._tables = np.zeros((8, 6), np.int64)
+        self._free_tables = list(range(7, 0, -1))
+        self._prompts: dict[str, int] = {}  # least recently started first
+        self._running = np.zeros((8, 6), np.int64)
+        self._tails = np.zeros((8, MAX_ORDER), np.int64)
+        self._predictions = np.zeros((8, MAX_DRAFT, 2 + len(self._strengths)), np.int64)
+        self._free_handles = list(range(7, -1, -1))
+        self._starts: dict[str, tuple[int, ...]] = {}
+        self._mixing = np.zeros(rates.MIXING_SHAPE)
+        self._hits = np.zeros(rates.HITS_SHAPE)
+        self._noise_hits = np.zeros((rates.NUM_MATCHES, len(self._strengths)))
+        if noise:
+            self._noise_hits[:, rates.FIRST_STRENGTH] = 2
+        if shared:
+            self._allocate(_SHARED, _MIN_ROWS)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all tables."""
+        return self._arena.num_used * ROW_BYTES
+
+    @property
+    def num_prompts(self) -> int:
+        """Open prompts."""
+        return len(self._prompts)
+
+    def open(
+        self, prompt_id: str, prompt_token_ids: Sequence[int], finished: Sequence[Sequence[int]]
+    ) -> None:
+        """Begin a prompt: learn from its text and from completions drawn before."""
+        if prompt_id in self._prompts:
+            raise ValueError(f"prompt {prompt_id!r} is open already")
+        if not self._free_tables:
+            size = len(self._tables)
+            self._tables = np.concatenate([self._tables, np.zeros_like(self._tables)])
+            self._free_tables = list(range(2 * size - 1, size - 1, -1))
+        self._prompts[prompt_id] = self._free_tables.pop()
+        self._starts[prompt_id] = tuple(prompt_token_ids[-MAX_ORDER:])
+        self._revive(prompt_id)
+        if self._learns_prompts:
+            handle = self._new_handle(prompt_id, (), 0)
+            self._observe(handle, prompt_token_ids, shared=False)
+            self.finish(handle)
+        if self._learns_completions:
+            for token_ids in finished:
+                handle = self._new_handle(prompt_id, self._starts[prompt_id], 0)
+                self._observe(handle, token_ids, shared=self._shared)
+                self.finish(handle)
+
+    def close(self, prompt_id: str) -> None:
+        """Forget a prompt; what the shared tier learned from it stays."""
+        table = self._prompts.pop(prompt_id)
+        del self._starts[prompt_id]
+        self._drop(table)
+        self._tables[table] = 0
+        self._free_tables.append(table)
+
+    def start(self, prompt_id: str, token_ids: Sequence[int], noise_key: int) -> int:
+        """Begin a completion of an open prompt.
+
+        Args:
+            prompt_id: the prompt, at most one of whose completions runs at a time.
+            token_ids: prompt, and completion so far if it is resumed.
+            noise_key: signed 64-bit key of its sampling noise.
+
+        Returns:
+            A handle, valid until `finish`.
+        """
+        self._prompts[prompt_id] = self._prompts.pop(prompt_id)
+        self._revive(prompt_id)
+        return self._new_handle(prompt_id, token_ids, noise_key)
+
+    def finish(self, handle: int) -> None:
+        """The completion has ended."""
+        self._free_handles.append(handle)
+
+    def draft(self, handles: Ints, caps: Ints, budget: int | None = None) -> Drafts:
+        """Guess what follows each running sequence.
+
+        Args:
+            handles: [n] each at most once.
+            caps: [n] most tokens for each.
+            budget: most tokens for all, the likeliest first; None: no limit.
+        """
+        caps = np.clip(caps, 0, MAX_DRAFT)
+        tokens = np.zeros((len(handles), int(caps.max(initial=0))), np.int64)
+        survival = np.zeros(tokens.shape, np.float32)
+        kernels.draft(
+            self._arena.rows, self._tables, self._running, self._tails, handles, caps,
+            self.min_survival, self._mixing, self._hits, self._strengths, self._noise_hits,
+            self._shared, self._predictions, tokens, survival,
+        )  # fmt: skip
+        drafted = survival > 0
+        lengths = np.count_nonzero(drafted, axis=1)
+        if budget is not None and lengths.sum() > budget:
+            # Survival only falls along a chain, so that the likeliest tokens are prefixes.
+            order = np.argsort(-survival, axis=None, kind="stable")[: max(budget, 0)]
+            lengths = np.bincount(order // survival.shape[1], minlength=len(handles))
+            behind = np.arange(survival.shape[1]) >= lengths[:, None]
+            tokens[behind] = 0
+            survival[behind] = 0
+        width = int(lengths.max(initial=0))
+        return Drafts(tokens[:, :width], lengths, survival[:, :width])
+
+    def commit(
+        self,
+        handles: Ints,
+        tokens: Ints,
+        lengths: Ints,
+        top_ids: Ints | None = None,
+        top_probs: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Append the tokens drawn in a step and learn from them.
+
+        Args:
+            handles: [n] each at most once.
+            tokens: [m] new tokens of all sequences, one after another.
+            lengths: [n] how many belong to each: accepted drafts and one more.
+            top_ids: [m, M] the target's most likely tokens where each token was drawn.
+            top_probs: [m, M] their probabilities as sampled from.
+        """
+        if top_ids is None or top_probs is None:
+            top_ids, top_probs = _no_distributions(len(tokens))
+        if self._learns_completions:
+            self._make_room(handles, lengths, 1 + top_ids.shape[1] / 4)
+        kernels.learn(
+            self._arena.rows, self._tables, self._running, self._tails, handles, tokens, lengths,
+            top_ids, top_probs, self._mixing, self._hits, self._noise_hits, self._predictions,
+            self._learns_completions, self._shared and self._learns_completions, True,
+        )  # fmt: skip
+
+    def _observe(self, handle: int, token_ids: Sequence[int], *, shared: bool) -> None:
+        """Count a text without judging drafts by it."""
+        handles = np.array([handle])
+        chunk = max(1, min(_CHUNK, self._max_rows // 64))
+        for first in range(0, len(token_ids), chunk):
+            tokens = np.array(token_ids[first : first + chunk], np.int64)
+            lengths = np.array([len(tokens)])
+            self._make_room(handles, lengths, 1.0)
+            kernels.learn(
+                self._arena.rows, self._tables, self._running, self._tails, handles, tokens,
+                lengths, *_no_distributions(len(tokens)), self._mixing, self._hits,
+                self._noise_hits, self._predictions, True, shared, False,
+            )  # fmt: skip
+
+    def _new_handle(self, prompt_id: str, token_ids: Sequence[int], noise_key: int) -> int:
+        if not self._free_handles:
+            size = len(self._running)
+            self._running = np.concatenate([self._running, np.zeros_like(self._running)])
+            self._tails = np.concatenate([self._tails, np.zeros_like(self._tails)])
+            more = np.zeros_like(self._predictions)
+            self._predictions = np.concatenate([self._predictions, more])
+            self._free_handles = list(range(2 * size - 1, size - 1, -1))
+        handle = self._free_handles.pop()
+        tail = token_ids[-MAX_ORDER:]
+        self._tails[handle, MAX_ORDER - len(tail) :] = tail
+        self._running[handle] = (self._prompts[prompt_id], len(tail), 0, noise_key, 0, 0)
+        return handle
+
+    def _make_room(self, handles: Ints, lengths: Ints, rows_per_context: float) -> None:
+        """Grow the tables that might not hold what comes next."""
+        owners = self._running[handles, rates.TABLE]
+        records = self._tables[owners]
+        full = self._is_full(records, lengths * NUM_CONTEXTS, rows_per_context)
+        for table, length in zip(owners[full], lengths[full], strict=True):
+            self._grow(int(table), int(length) * NUM_CONTEXTS, rows_per_context)
+        if self._shared:
+            num = int(lengths.sum()) * NUM_SHARED_CONTEXTS
+            if self._is_full(self._tables[_SHARED], num, rows_per_context):
+                self._grow(_SHARED, num, rows_per_context)
+
+    @staticmethod
+    def _is_full(records: Ints, num_contexts: Ints | int, rows_per_context: float) -> NDArray:
+        slots = records[..., NUM_SLOTS]
+        overflow = records[..., NUM_ROWS] - slots
+        full = records[..., USED_SLOTS] + num_contexts > 0.8 * slots
+        # A full list only forgets its least token: overflow may run short, slots may not.
+        full |= records[..., USED_OVERFLOW] > 0.95 * overflow
+        return full & (slots > 0)
+
+    def _grow(self, table: int, num_contexts: int, rows_per_context: float) -> None:
+        """Double a table until it has room; one that may not double drops its oldest half."""
+        old = self._tables[table].copy()
+        limit = self._shared_max_rows if table == _SHARED else self._max_rows
+        used = int(old[USED_SLOTS] * 1.25 + old[USED_OVERFLOW])
+        needed = int(used + num_contexts * 1.25 * rows_per_context)
+        num_rows = int(old[NUM_ROWS])
+        while num_rows < limit and num_rows * 0.8 < needed:
+            num_rows *= 2
+        if num_rows == old[NUM_ROWS] and num_rows * 2 <= limit:
+            num_rows *= 2
+        # Rows are shared out between contexts and overflow as they were used so far.
+        share = old[USED_OVERFLOW] / max(used, 1)
+        num_slots = int(num_rows * min(max(0.95 - share, 0.4), 0.85))
+        rows = self._arena.rows[old[START] : old[START] + old[NUM_SLOTS]]
+        oldest = 0
+        if (old[USED_SLOTS] + num_contexts) > 0.8 * num_slots or num_rows == old[NUM_ROWS]:
+            oldest = int(np.median(rows[rows[:, 0] != 0, 7])) + 1 if old[USED_SLOTS] else 0
+        if not self._allocate(table, num_rows, num_slots):
+            self._drop(table, old)
+            return
+        rebuild(self._arena.rows, old, self._tables[table], oldest)
+        self._arena.free(int(old[START]), int(old[NUM_ROWS]))
+
+    def _allocate(self, table: int, num_rows: int, num_slots: int | None = None) -> bool:
+        """Give a table an empty range, at the cost of other prompts if need be."""
+        start = self._arena.allocate(num_rows)
+        victims = (n for n in list(self._prompts.values()) if n != table)
+        while start is None:
+            victim = next(victims, None)
+            if victim is None:
+                return False
+            self._drop(victim)
+            start = self._arena.allocate(num_rows)
+        slots = num_rows * 3 // 4 if num_slots is None else num_slots
+        self._tables[table] = (start, slots, num_rows, 0, 0, self._tables[table, CLOCK])
+        return True
+
+    def _revive(self, prompt_id: str) -> None:
+        table = self._prompts[prompt_id]
+        if self._tables[table, NUM_SLOTS] == 0:
+            self._allocate(table, _MIN_ROWS)
+
+    def _drop(self, table: int, record: Ints | None = None) -> None:
+        held: Ints = self._tables[table] if record is None else record
+        if held[NUM_ROWS]:
+            self._arena.free(int(held[START]), int(held[NUM_ROWS]))
+        self._tables[table, :CLOCK] = 0
+
+
+def _no_distributions(num: int) -> tuple[Ints, NDArray[np.float32]]:
+    return np.zeros((num, 0), np.int64), np.zeros((num, 0), np.float32)

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+# In compiled code the integers of Python and numpy are one.
+# pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
+"""Compiled loops of the memory: mix the orders, draft chains, learn from what was verified.
+
+Mixing. Each context known so far gives an estimate of the next token, its continuations' shares.
+From the longest match of the prompt's own table down, then the same in the shared table, a
+context takes a learned part of the mass that the ones before left over. That part depends on the
+order, how often the context was seen and how many different tokens followed it, and is fitted
+online by expectation-maximisation (interpolation weights as in Jelinek and Mercer 1980, tied by
+bucket).
+
+Survival. What a mixture says of itself is overconfident. The hit rate of a drafted token is
+learned per bucket of what was known when it was drafted, backed off to coarser buckets.
+
+Noise. The sampler draws argmax(log p + g) with g a hash that is known here too, so the draft is
+argmax(log q + strength * g); the strength is the one of NOISE_STRENGTHS that would have hit most
+often where matches were alike.
+
+Used by: `memory`.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaminator.speculative.memory_rates import (
+    KNOWN,
+    MATCH_BINS,
+    NOISE_KEY,
+    NUM_SHARES,
+    POSITION,
+    PREDICTED,
+    RUN,
+    RUN_BINS,
+    SHARE_EDGES,
+    TABLE,
+    Floats,
+    gumbel,
+    hit_rate,
+    learn_hits,
+    learn_mixing,
+    log_bin,
+    part_of,
+    take,
+)
+from streaminator.speculative.memory_tables import (
+    EMPTY,
+    FIRST_SHARED,
+    GAPPED,
+    MAX_ORDER,
+    NUM_CONTEXTS,
+    NUM_SLOTS,
+    SCALE,
+    START,
+    Ints,
+    Rows,
+    count_token,
+    find,
+    find_all,
+    hash_contexts,
+    jit,
+    weight_of,
+)
+
+_MAX_CANDIDATES = 64
+_ENOUGH = 0.01  # of the mass may stay unexplained: what is left cannot change the draft
+
+
+@jit
+def _mix_tier(
+    rows: Rows,
+    table: Ints,
+    tier: int,
+    keys: NDArray,
+    first: int,
+    mixing: Floats,
+    tokens: Ints,
+    masses: Floats,
+    size: int,
+    rest: float,
+    factor: float,
+) -> tuple[int, float, int, int]:
+    """Add a table's contexts from `first` on to the mixture, until the rest cannot matter.
+
+    Returns: the number of candidates, the mass left, the longest match's place and count.
+    """
+    longest, seen = NUM_CONTEXTS, 0
+    if table[NUM_SLOTS] == 0:
+        return size, rest, longest, seen
+    for place in range(first, NUM_CONTEXTS):
+        if keys[place] == 0:
+            continue
+        row = find(rows, table, keys[place])
+        if row < 0:
+            continue
+        total = np.int64(rows[row, 1])
+        if longest == NUM_CONTEXTS and not GAPPED <= place <= GAPPED + 1:
+            longest, seen = place, (total + SCALE - 1) // SCALE
+        _, distinct = weight_of(rows, table, row, EMPTY - 1)
+        part = part_of(take(mixing, tier, place, total, distinct))
+        scale = rest * part / total
+        at, column, num = row, 2, 2
+        while at >= 0:
+            for index in range(num):
+                token = rows[at, column + 2 * index]
+                if token == EMPTY:
+                    break
+                slot = 0
+                while slot < size and tokens[slot] != token:
+                    slot += 1
+                if slot == size:
+                    if size == _MAX_CANDIDATES:
+                        continue
+                    size += 1
+                    tokens[slot] = token
+                    masses[slot] = 0.0
+                masses[slot] += scale * rows[at, column + 2 * index + 1]
+            at = np.int64(rows[at, 6])
+            at = at + table[START] if at >= 0 else at
+            column, num = 0, 3
+        rest *= 1 - part
+        top = second = 0.0
+        for slot in range(size):
+            if masses[slot] > top:
+                top, second = masses[slot], top
+            elif masses[slot] > second:
+                second = masses[slot]
+        if rest < _ENOUGH or (top - second) > factor * rest:
+            return size, 0.0, longest, seen
+    return size, rest, longest, seen
+
+
+@jit
+def _choose(
+    tokens: Ints, masses: Floats, size: int, strengths: Floats, key: int, position: int, out: Ints
+) -> None:
+    """For each strength of the noise the index of the best candidate."""
+    best = np.full(len(strengths), -np.inf)
+    floor = 0.0
+    for index in range(size):
+        floor = max(floor, masses[index])
+    floor *= 1e-3  # not worth two logarithms
+    for index in range(size):
+        if masses[index] < floor:
+            continue
+        score = math.log(masses[index])
+        noise = gumbel(key, position, tokens[index]) if len(strengths) > 1 else 0.0
+        for j in range(len(strengths)):
+            if score + strengths[j] * noise > best[j]:
+                best[j] = score + strengths[j] * noise
+                out[j] = index
+
+
+@jit
+def draft(
+    rows: Rows,
+    tables: Ints,
+    running: Ints,
+    tails: Ints,
+    handles: Ints,
+    caps: Ints,
+    min_survival: float,
+    mixing: Floats,
+    hits: Floats,
+    strengths: Floats,
+    noise_hits: Floats,
+    use_shared: bool,
+    predictions: Ints,
+    out_tokens: Ints,
+    out_survival: NDArray[np.float32],
+) -> None:
+    """Draft a chain for each handle; what was predicted is kept for `learn` in `predictions`.
+
+    Args:
+        rows, tables: the arena and the tables' records; table 0 is the shared one.
+        running, tails: state of running sequences.
+        handles, caps: [n] whom to draft for, at most how many tokens.
+        min_survival: drafting stops at the first token less likely to be accepted.
+        mixing, hits, strengths, noise_hits: what was learned about mixing, buckets and noise.
+        use_shared: whether the shared table is mixed in.
+        predictions: [H, K, 2 + S] token, bucket and the token by each strength.
+        out_tokens, out_survival: [n, K] zeroed; survival 0 is behind the end of a draft.
+    """
+    keys = np.empty(NUM_CONTEXTS, np.uint64)
+    # Without noise a lead above what is left decides; noise may turn a larger lead around.
+    factor = 1.0 if len(strengths) == 1 else 20.0
+    tokens = np.empty(_MAX_CANDIDATES, np.int64)
+    masses = np.empty(_MAX_CANDIDATES, np.float64)
+    picks = np.zeros(len(strengths), np.int64)
+    text = np.empty(MAX_ORDER + out_tokens.shape[1], np.int64)
+    for n in range(len(handles)):
+        handle = handles[n]
+        state = running[handle]
+        text[:MAX_ORDER] = tails[handle]
+        own = tables[state[TABLE]]
+        survival = 1.0
+        start = 0
+        state[PREDICTED] = 0
+        for step in range(caps[n]):
+            end = MAX_ORDER + step
+            known = min(state[KNOWN] + step, MAX_ORDER)
+            hash_contexts(text, end, known, keys)
+            # What was never seen after n tokens was not after n + 1 in the step before.
+            size, rest, longest, seen = _mix_tier(
+                rows, own, 0, keys, start, mixing, tokens, masses, 0, 1.0, factor
+            )
+            start = max(longest - 1, 0) if longest < GAPPED else 0
+            match = 0
+            if longest < NUM_CONTEXTS:
+                match = (NUM_CONTEXTS - longest) * MATCH_BINS + log_bin(seen, MATCH_BINS)
+            if use_shared and rest > 0:
+                size, rest, longest, _ = _mix_tier(
+                    rows,
+                    tables[0],
+                    1,
+                    keys,
+                    FIRST_SHARED,
+                    mixing,
+                    tokens,
+                    masses,
+                    size,
+                    rest,
+                    factor,
+                )
+                if match == 0:
+                    match = min(NUM_CONTEXTS - longest, MATCH_BINS - 1)
+            if size == 0:
+                break
+            position = state[POSITION] + step
+            _choose(tokens, masses, size, strengths, state[NOISE_KEY], position, picks)
+            pick = picks[np.argmax(noise_hits[match])]
+            share = masses[pick]
+            if len(strengths) > 1:
+                share = _confidence(
+                    tokens,
+                    masses,
+                    size,
+                    pick,
+                    state,
+                    position,
+                    strengths[np.argmax(noise_hits[match])],
+                )
+            run = log_bin(state[RUN] + step + 1, RUN_BINS)
+            bucket = (match * RUN_BINS + run) * NUM_SHARES
+            bucket += np.searchsorted(SHARE_EDGES, share)
+            survival *= hit_rate(hits, bucket)
+            text[end] = tokens[pick]
+            predictions[handle, step, 0] = tokens[pick]
+            predictions[handle, step, 1] = bucket
+            for j in range(len(strengths)):
+                predictions[handle, step, 2 + j] = tokens[picks[j]]
+            # Also predictions that are not drafted are checked later: no bucket is given up on.
+            state[PREDICTED] += 1
+            if survival < min_survival:
+                break
+            out_tokens[n, step] = tokens[pick]
+            out_survival[n, step] = survival
+
+
+@jit
+def _confidence(
+    tokens: Ints,
+    masses: Floats,
+    size: int,
+    pick: int,
+    state: Ints,
+    position: int,
+    strength: float,
+) -> float:
+    """How far the pick leads with the noise known, from one half to one, less the unknown mass."""
+    key = state[NOISE_KEY]
+    top = masses[pick] * math.exp(strength * gumbel(key, position, tokens[pick]))
+    second = 0.0
+    known = 0.0
+    for index in range(size):
+        known += masses[index]
+        if index != pick and masses[index] > 1e-3 * masses[pick]:
+            noise = gumbel(key, position, tokens[index])
+            second = max(second, masses[index] * math.exp(strength * noise))
+    return min(known, 1.0) * top / (top + second)
+
+
+@jit
+def learn(
+    rows: Rows,
+    tables: Ints,
+    running: Ints,
+    tails: Ints,
+    handles: Ints,
+    new: Ints,
+    lengths: Ints,
+    top_ids: Ints,
+    top_probs: NDArray[np.float32],
+    mixing: Floats,
+    hits: Floats,
+    noise_hits: Floats,
+    predictions: Ints,
+    own_tier: bool,
+    use_shared: bool,
+    learns_rates: bool,
+) -> None:
+    """Append `new` (all handles' tokens, `lengths` of each) and count them.
+
+    `top_ids`, `top_probs` [m, M] hold each new token's distribution; M = 0: tokens only.
+    """
+    longest = 0
+    for n in range(len(handles)):
+        longest = max(longest, lengths[n])
+    text = np.empty(MAX_ORDER + longest, np.int64)
+    keys = np.empty(NUM_CONTEXTS, np.uint64)
+    found = np.empty((2, NUM_CONTEXTS), np.int64)
+    num_tiers = 2 if use_shared else 1
+    first = 0
+    for n in range(len(handles)):
+        handle, num = handles[n], lengths[n]
+        state = running[handle]
+        own, shared = tables[state[TABLE]], tables[0]
+        text[:MAX_ORDER] = tails[handle]
+        text[MAX_ORDER : MAX_ORDER + num] = new[first : first + num]
+        if learns_rates:
+            learn_hits(state, predictions[handle], new[first : first + num], hits, noise_hits)
+        for index in range(num):
+            end = MAX_ORDER + index
+            known = min(state[KNOWN] + index, MAX_ORDER)
+            ids, probs = top_ids[first + index], top_probs[first + index]
+            hash_contexts(text, end, known, keys)
+            find_all(rows, own, keys, 0, found[0])
+            if use_shared:
+                find_all(rows, shared, keys, FIRST_SHARED, found[1])
+            if learns_rates:
+                learn_mixing(rows, (own, shared), num_tiers, found, text[end], mixing)
+            if own_tier and own[NUM_SLOTS] > 0:
+                count_token(rows, own, keys, 0, found[0], text[end], ids, probs)
+            if use_shared:
+                count_token(rows, shared, keys, FIRST_SHARED, found[1], text[end], ids, probs)
+        tails[handle] = text[num : num + MAX_ORDER]
+        state[KNOWN] = min(state[KNOWN] + num, MAX_ORDER)
+        state[POSITION] += num
+        first += num

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+# In compiled code the integers of Python and numpy are one.
+# pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
+"""What the memory learns about itself: mixing parts, hit rates, the strength of the noise.
+
+Mixing parts are fitted online by expectation-maximisation (interpolation weights as in Jelinek and
+Mercer 1980, tied by bucket). Hit rates are counted per bucket of what was known when a token was
+drafted, backed off to coarser buckets: what a mixture says of itself is overconfident.
+
+Used by: `memory_kernels`, `memory`.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaminator.speculative.memory_tables import (
+    NUM_CONTEXTS,
+    SCALE,
+    Ints,
+    Rows,
+    jit,
+    mix64,
+    weight_of,
+)
+
+NOISE_STRENGTHS = np.array([0.0, 0.3, 0.6, 0.8, 1.0])
+FIRST_STRENGTH = 2
+"""Index of the strength to start from."""
+
+_COUNT_BINS, _DISTINCT_BINS = 6, 4
+MIXING_SHAPE = (2, NUM_CONTEXTS, _COUNT_BINS, _DISTINCT_BINS, 2)
+"""[tier, context, count, distinct continuations, (reached, taken)]"""
+
+SHARE_EDGES = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98])
+NUM_SHARES = len(SHARE_EDGES) + 1
+RUN_BINS, MATCH_BINS = 5, 4
+NUM_MATCHES = (NUM_CONTEXTS + 1) * MATCH_BINS
+NUM_BUCKETS = NUM_MATCHES * RUN_BINS * NUM_SHARES
+HITS_SHAPE = (NUM_BUCKETS + RUN_BINS * NUM_SHARES + NUM_SHARES, 2)
+"""[bucket, (tried, hit)]: finest buckets, then by run and share, then by share."""
+
+_MEMORY = 4096.0  # observations after which a learned rate halves its past
+
+_NOISE_ROW, _NOISE_TOKEN = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
+_SHIFT12 = np.uint64(12)
+_TWO = np.uint64(2)
+
+# Columns of a running sequence's integers.
+TABLE, KNOWN, POSITION, NOISE_KEY, RUN, PREDICTED = range(6)
+
+Floats = NDArray[np.float64]
+
+
+@jit
+def gumbel(noise_key: int, position: int, token: int) -> float:
+    """The sampler's noise (`streaminator.engine.sampler.gumbel`), bit for bit its uniform."""
+    row = mix64(np.uint64(noise_key) + np.uint64(position) * _NOISE_ROW)
+    bits = mix64(row + (np.uint64(token) + _TWO) * _NOISE_TOKEN)
+    uniform = (np.float64(bits >> _SHIFT12) + 0.5) * 2.0**-52
+    return -math.log(-math.log(uniform))
+
+
+@jit
+def log_bin(x: int, num: int) -> int:
+    """0 for 1, 1 for 2, 2 for 3..4, 3 for 5..8 and so on."""
+    index = 0
+    top = 1
+    while x > top and index < num - 1:
+        top *= 2
+        index += 1
+    return index
+
+
+@jit
+def _decay(pair: Floats) -> None:
+    if pair[0] > _MEMORY:
+        pair *= 0.5
+
+
+@jit
+def take(mixing: Floats, tier: int, place: int, total: int, distinct: int) -> Floats:
+    """(reached, taken) of the contexts that are like this one."""
+    count = log_bin((total + SCALE - 1) // SCALE, _COUNT_BINS)
+    return mixing[tier, place, count, log_bin(distinct, _DISTINCT_BINS)]
+
+
+@jit
+def part_of(pair: Floats) -> float:
+    """Part of the mass that such a context takes."""
+    return (pair[1] + 1.0) / (pair[0] + 2.0)
+
+
+@jit
+def hit_rate(hits: Floats, bucket: int) -> float:
+    """Learned rate of a bucket, shrunk towards coarser ones and at last the share itself."""
+    share = bucket % NUM_SHARES
+    coarse = NUM_BUCKETS + bucket % (RUN_BINS * NUM_SHARES)
+    coarsest = NUM_BUCKETS + RUN_BINS * NUM_SHARES + share
+    rate = 0.05 + 0.8 * (share / NUM_SHARES)
+    rate = (hits[coarsest, 1] + 8 * rate) / (hits[coarsest, 0] + 8)
+    rate = (hits[coarse, 1] + 8 * rate) / (hits[coarse, 0] + 8)
+    return (hits[bucket, 1] + 8 * rate) / (hits[bucket, 0] + 8)
+
+
+@jit
+def learn_mixing(
+    rows: Rows,
+    tables: tuple[Ints, Ints],
+    num_tiers: int,
+    found: Ints,
+    token: int,
+    mixing: Floats,
+) -> None:
+    """One step of expectation-maximisation of the parts that the contexts take."""
+    pairs = np.empty((2 * NUM_CONTEXTS, 4), np.int64)
+    shares = np.empty(2 * NUM_CONTEXTS, np.float64)
+    size = 0
+    for tier in range(num_tiers):
+        table = tables[tier]
+        for place in range(NUM_CONTEXTS):
+            row = found[tier, place]
+            if row < 0:
+                continue
+            total = np.int64(rows[row, 1])
+            weight, distinct = weight_of(rows, table, row, token)
+            pairs[size, 0], pairs[size, 1] = tier, place
+            pairs[size, 2], pairs[size, 3] = total, distinct
+            shares[size] = weight / total
+            size += 1
+    # Probability of the token from each source down; what none of them knew has a little.
+    below = np.empty(size + 1, np.float64)
+    below[size] = 1e-5
+    for index in range(size - 1, -1, -1):
+        tier, place, total, distinct = pairs[index]
+        part = part_of(take(mixing, tier, place, total, distinct))
+        below[index] = part * shares[index] + (1 - part) * below[index + 1]
+    reach = 1.0
+    for index in range(size):
+        tier, place, total, distinct = pairs[index]
+        pair = take(mixing, tier, place, total, distinct)
+        taken = part_of(pair) * shares[index] / below[index]
+        pair[0] += reach
+        pair[1] += reach * taken
+        _decay(pair)
+        reach *= 1 - taken
+        if reach < 1e-3:
+            break
+
+
+@jit
+def learn_hits(state: Ints, predictions: Ints, new: Ints, hits: Floats, noise_hits: Floats) -> None:
+    """Compare what was predicted with what was drawn, up to the first that differs."""
+    for step in range(min(state[PREDICTED], len(new))):
+        bucket = predictions[step, 1]
+        hit = predictions[step, 0] == new[step]
+        coarse = NUM_BUCKETS + bucket % (RUN_BINS * NUM_SHARES)
+        coarsest = NUM_BUCKETS + RUN_BINS * NUM_SHARES + bucket % NUM_SHARES
+        for index in (bucket, coarse, coarsest):
+            hits[index, 0] += 1.0
+            hits[index, 1] += 1.0 if hit else 0.0
+            _decay(hits[index])
+        match = bucket // (RUN_BINS * NUM_SHARES)
+        for j in range(noise_hits.shape[1]):
+            noise_hits[match, j] *= 1 - 1 / _MEMORY
+            noise_hits[match, j] += 1.0 if predictions[step, 2 + j] == new[step] else 0.0
+        if not hit:
+            state[RUN] = 0
+            break
+        state[RUN] += 1
+    state[PREDICTED] = 0

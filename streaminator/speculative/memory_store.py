@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stream's side of `memory.Memory`: sequences in, drafts out. A `speculator.Store`.
+
+Used by: `engine.Engine`, with `--speculator memory`.
+"""
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from streaminator.config import SpeculatorConfig
+from streaminator.sequence import Prompt, Sequence
+from streaminator.speculative.memory import Memory
+from streaminator.speculative.speculator import Gain
+
+_MIN_SURVIVAL = 0.2
+"""A drafted token less likely to be accepted costs more in the forward than it saves."""
+
+
+class MemoryStore:
+    """Learns every token the moment it is drawn, with the distribution it was drawn from."""
+
+    def __init__(self, config: SpeculatorConfig, *, is_greedy: bool) -> None:
+        self.num_top = 0 if is_greedy or not config.generation_training else config.num_top_tokens
+        self._memory = Memory(
+            max_bytes=config.speculator_memory << 20,
+            shared=config.shared_memory,
+            noise=self.num_top > 0,
+            min_survival=_MIN_SURVIVAL,
+            learns_prompts=config.prompt_training,
+            learns_completions=config.generation_training,
+        )
+        self._open: set[str] = set()
+        self._handles: dict[str, int] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return self._memory.num_bytes
+
+    def start(self, sequence: Sequence) -> None:
+        """Open the prompt if it is new, and begin the completion."""
+        prompt = sequence.prompt
+        if prompt.prompt_id not in self._open:
+            self._memory.open(prompt.prompt_id, prompt.token_ids, prompt.finished)
+            self._open.add(prompt.prompt_id)
+        self._handles[prompt.prompt_id] = self._memory.start(
+            prompt.prompt_id, sequence.token_ids, sequence.noise_key
+        )
+
+    def draft_all(self, sequences: Seq[Sequence], caps: Seq[int]) -> list[list[int]]:
+        """Draft up to `caps[i]` tokens for `sequences[i]`, as many as are likely to be accepted."""
+        drafts = self._memory.draft(self._arrange(sequences), np.array(caps, np.int64))
+        rows = drafts.tokens.tolist()
+        return [row[:num] for row, num in zip(rows, drafts.lengths.tolist(), strict=True)]
+
+    def commit_all(self, gains: Seq[Gain]) -> None:
+        """Learn a step's tokens, and how good its drafts were."""
+        if not gains:
+            return
+        self._memory.commit(
+            self._arrange([gain.sequence for gain in gains]),
+            np.array([token for gain in gains for token in gain.token_ids], np.int64),
+            np.array([len(gain.token_ids) for gain in gains], np.int64),
+            np.concatenate([gain.top_ids for gain in gains]),
+            np.concatenate([gain.top_probs for gain in gains]),
+        )
+
+    def finish(self, sequence: Sequence, *, has_failed: bool) -> None:
+        """The completion has ended; its tokens are learned already."""
+        self._memory.finish(self._handles.pop(sequence.prompt.prompt_id))
+
+    def drop(self, prompt: Prompt) -> None:
+        """Forget a prompt; what the shared tier learned from it stays."""
+        if prompt.prompt_id in self._open:
+            self._open.remove(prompt.prompt_id)
+            self._memory.close(prompt.prompt_id)
+
+    def _arrange(self, sequences: Seq[Sequence]) -> np.ndarray:
+        handles = [self._handles[sequence.prompt.prompt_id] for sequence in sequences]
+        return np.array(handles, np.int64)

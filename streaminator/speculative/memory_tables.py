@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+# In compiled code the integers of Python and numpy are one.
+# pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
+"""Compiled tables of counted contexts: look up, count, rebuild.
+
+A table is a range of 32-byte rows of one arena. The first part is an open-addressing hash table
+of contexts, the second holds overflow rows.
+
+    context row    check, total, token, weight, token, weight, first overflow row, last touched
+    overflow row   token, weight, token, weight, token, weight, next overflow row, -
+
+Weights are fixed-point (SCALE is one observation): sums do not depend on their order. Row numbers
+inside a table count from its start, so a table can be moved.
+
+Used by: `memory_kernels`, `memory`.
+"""
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_ORDER = 12
+NUM_CONTEXTS = 11
+"""Before each token, most telling first: the last 12, 10, 8, 6, 5, 4 tokens, two with a gap (tokens
+1, 3, 4 and 2, 3, 4 from the end: what survives where one number differs), the last 3, 2, 1."""
+FIRST_SHARED = 5
+"""Contexts from here on are kept across prompts; longer ones gain nothing there."""
+NUM_SHARED_CONTEXTS = NUM_CONTEXTS - FIRST_SHARED
+_PLACE = np.array([-1, 10, 9, 8, 5, 4, 3, -1, 2, -1, 1, -1, 0])
+"""Place of the last n tokens among the contexts."""
+GAPPED = 6
+"""First of the two with a gap."""
+_EXCLUDED_AFTER = 2
+SCALE = 1024
+MAX_OVERFLOW = 5
+"""Overflow rows per context: 2 + 5 * 3 = 17 continuations; the least makes room for a new one."""
+EMPTY = -1
+ROW_BYTES = 32
+
+# Columns of a table's record.
+START, NUM_SLOTS, NUM_ROWS, USED_SLOTS, USED_OVERFLOW, CLOCK = range(6)
+
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_SHIFT30, _SHIFT27, _SHIFT31, _SHIFT32 = (np.uint64(n) for n in (30, 27, 31, 32))
+_ONE = np.uint64(1)
+
+jit = numba.njit(cache=True, nogil=True)
+
+Ints = NDArray[np.int64]
+Rows = NDArray[np.int32]
+
+
+@jit
+def mix64(x: int) -> int:
+    """SplitMix64's finaliser, on unsigned 64-bit integers."""
+    x = (x ^ (x >> _SHIFT30)) * _MIX1
+    x = (x ^ (x >> _SHIFT27)) * _MIX2
+    return x ^ (x >> _SHIFT31)
+
+
+@jit
+def hash_contexts(text: Ints, end: int, known: int, keys: NDArray) -> None:
+    """Keys of the contexts before `text[end]`, `known` tokens of which are there; 0: no such."""
+    keys[:] = 0
+    key = _STEP
+    for n in range(1, known + 1):
+        key = _extend(key, text[end - n])
+        if _PLACE[n] >= 0:
+            keys[_PLACE[n]] = _digest(key)
+    if known >= 4:
+        key = _extend(_extend(_ONE, text[end - 4]), text[end - 3])
+        keys[GAPPED] = _digest(_extend(key, text[end - 1]))
+        keys[GAPPED + 1] = _digest(_extend(~key, text[end - 2]))
+
+
+@jit
+def _extend(key: int, token: int) -> int:
+    return mix64(key + (np.uint64(token) + _ONE) * _STEP)
+
+
+@jit
+def _digest(key: int) -> int:
+    """32 bits that give both place and identity, so that a table can be rebuilt from itself.
+
+    Of a million contexts one look-up in 4000 errs, which can only spoil a draft. 0: empty.
+    """
+    return max(key >> _SHIFT32, _ONE)
+
+
+@jit
+def _home(check: int, table: Ints) -> int:
+    return np.int64((np.uint64(np.uint32(check)) * np.uint64(table[NUM_SLOTS])) >> _SHIFT32)
+
+
+@jit
+def find(rows: Rows, table: Ints, key: int) -> int:
+    """Row of a context; -1 - row of the empty slot where it would go."""
+    check = np.int32(key)
+    slot = _home(check, table)
+    while True:
+        row = table[START] + slot
+        there = rows[row, 0]
+        if there == check:
+            return row
+        if there == 0:
+            return -1 - row
+        slot += 1
+        if slot == table[NUM_SLOTS]:
+            slot = 0
+
+
+@jit
+def find_all(rows: Rows, table: Ints, keys: NDArray, first: int, found: Ints) -> int:
+    """Rows of the contexts from `first` on, -1 where not there; returns the longest's place.
+
+    What was never seen after fewer tokens was not after more: longer ones are not looked up.
+    """
+    found[:] = -1
+    longest = NUM_CONTEXTS
+    if table[NUM_SLOTS] == 0:
+        return longest
+    misses = False
+    for place in range(NUM_CONTEXTS - 1, first - 1, -1):
+        is_gapped = GAPPED <= place <= GAPPED + 1
+        if keys[place] == 0 or (misses and not is_gapped):
+            continue
+        row = find(rows, table, keys[place])
+        if row >= 0:
+            found[place] = row
+            longest = longest if is_gapped else place
+        elif not is_gapped:
+            misses = True
+    return longest
+
+
+@jit
+def weight_of(rows: Rows, table: Ints, row: int, token: int) -> tuple[int, int]:
+    """Weight of a continuation (0: not there) and how many different ones there are."""
+    at, first, num, count, weight = row, 2, 2, 0, 0
+    while True:
+        for index in range(num):
+            there = rows[at, first + 2 * index]
+            if there == EMPTY:
+                return weight, count
+            count += 1
+            if there == token:
+                weight = np.int64(rows[at, first + 2 * index + 1])
+        at = np.int64(rows[at, 6])
+        if at < 0:
+            return weight, count
+        at += table[START]
+        first, num = 0, 3
+
+
+@jit
+def add(rows: Rows, table: Ints, row: int, token: int, weight: int) -> None:
+    """Add weight to a continuation; of a full list the least makes room."""
+    least_at, least_column, least = row, 2, 2**31 - 1
+    at, first, num, length = row, 2, 2, 0
+    while True:
+        for index in range(num):
+            column = first + 2 * index
+            if rows[at, column] == token or rows[at, column] == EMPTY:
+                rows[at, column] = token
+                rows[at, column + 1] += weight
+                return
+            # Among equals the first, so that the newest is not the one to go.
+            if rows[at, column + 1] < least:
+                least_at, least_column, least = at, column, rows[at, column + 1]
+        if rows[at, 6] < 0:
+            break
+        at = table[START] + rows[at, 6]
+        first, num = 0, 3
+        length += 1
+    free = table[NUM_SLOTS] + table[USED_OVERFLOW]
+    if length < MAX_OVERFLOW and free < table[NUM_ROWS]:
+        table[USED_OVERFLOW] += 1
+        rows[at, 6] = free
+        at = table[START] + free
+        rows[at, 0], rows[at, 2], rows[at, 4] = token, EMPTY, EMPTY
+        rows[at, 1], rows[at, 3], rows[at, 5] = weight, 0, 0
+        rows[at, 6] = -1
+    elif weight >= min(least, SCALE):
+        rows[least_at, least_column], rows[least_at, least_column + 1] = token, weight
+
+
+@jit
+def count_token(
+    rows: Rows,
+    table: Ints,
+    keys: NDArray,
+    first: int,
+    found: Ints,
+    token: int,
+    top_ids: Ints,
+    top_probs: NDArray[np.float32],
+) -> None:
+    """Count a token, or the distribution it was drawn from, in the contexts from `first` on.
+
+    `found` are their rows, as `find_all` gives them.
+
+    Longest first; once two contexts knew the token the shorter ones are left alone (update
+    exclusion, Moffat 1990): they are asked when longer ones fail, and should not repeat them.
+    """
+    table[CLOCK] += 1
+    is_listed = False
+    for j in range(len(top_ids)):
+        is_listed |= top_ids[j] == token
+    num_knew = 0
+    for place in range(first, NUM_CONTEXTS):
+        is_gapped = GAPPED <= place <= GAPPED + 1
+        if keys[place] == 0 or (num_knew >= _EXCLUDED_AFTER and not is_gapped):
+            continue
+        row = found[place]
+        if row < 0:
+            # Look-ups end at an empty slot: some must stay, whatever was asked for.
+            if table[USED_SLOTS] * 10 >= table[NUM_SLOTS] * 9:
+                continue
+            row = -1 - find(rows, table, keys[place])
+            table[USED_SLOTS] += 1
+            rows[row, 0] = np.int32(keys[place])
+            rows[row, 1] = 0
+            rows[row, 2], rows[row, 4] = EMPTY, EMPTY
+            rows[row, 3], rows[row, 5] = 0, 0
+            rows[row, 6] = -1
+        elif not is_gapped:
+            weight, _ = weight_of(rows, table, row, token)
+            num_knew += weight * 2 >= SCALE
+        rows[row, 1] += SCALE
+        rows[row, 7] = table[CLOCK]
+        left = SCALE
+        for j in range(len(top_ids)):
+            mass = min(left, np.int64(top_probs[j] * SCALE + 0.5))
+            if mass > 0:
+                add(rows, table, row, top_ids[j], mass)
+                left -= mass
+        # A token drawn from outside the stored candidates stands for the mass they leave.
+        if not is_listed and left > 0:
+            add(rows, table, row, token, left)
+
+
+@jit
+def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
+    """Copy the contexts touched at `oldest` or later into an empty, zeroed table."""
+    new[CLOCK] = old[CLOCK]
+    for slot in range(old[NUM_SLOTS]):
+        source = old[START] + slot
+        check = rows[source, 0]
+        if check == 0 or rows[source, 7] < oldest:
+            continue
+        place = _home(check, new)
+        while rows[new[START] + place, 0] != 0:
+            place = place + 1 if place + 1 < new[NUM_SLOTS] else 0
+        target = new[START] + place
+        rows[target] = rows[source]
+        new[USED_SLOTS] += 1
+        at = np.int64(rows[source, 6])
+        while at >= 0:
+            free = new[NUM_SLOTS] + new[USED_OVERFLOW]
+            if free == new[NUM_ROWS]:
+                rows[target, 6] = -1
+                break
+            new[USED_OVERFLOW] += 1
+            rows[target, 6] = free
+            target = new[START] + free
+            rows[target] = rows[old[START] + at]
+            at = np.int64(rows[target, 6])

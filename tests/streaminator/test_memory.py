@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory: bounded, a function of what it observed, never more than asked for."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streaminator.speculative.arena import Arena
+from streaminator.speculative.memory import Memory
+from streaminator.speculative.memory_rates import gumbel
+
+SMALL = 1 << 20
+
+
+def commit(memory, handle, tokens):
+    for first in range(0, len(tokens), 32):
+        step = np.array(tokens[first : first + 32], np.int64)
+        memory.commit(np.array([handle]), step, np.array([len(step)]))
+
+
+def draft(memory, handle, cap, budget=None):
+    tokens, lengths, survival = memory.draft(np.array([handle]), np.array([cap]), budget)
+    return tokens[0, : lengths[0]].tolist(), survival[0, : lengths[0]]
+
+
+def text(seed, length, vocabulary=50):
+    rng = random.Random(seed)
+    return [rng.randrange(vocabulary) for _ in range(length)]
+
+
+def test_a_repeated_text_is_drafted_to_its_end():
+    memory = Memory(max_bytes=SMALL, min_survival=0.02)
+    prompt, completion = [1, 2, 3, 4], text(0, 60, 10_000)
+    memory.open("a", prompt, [completion, completion])
+    handle = memory.start("a", prompt, 0)
+    commit(memory, handle, completion[:20])
+    drafted, survival = draft(memory, handle, 8)
+    assert drafted == completion[20 : 20 + len(drafted)]
+    assert len(drafted) >= 3
+    assert (np.diff(survival) <= 0).all()
+
+
+def test_a_running_completion_is_learned_from_at_once():
+    memory = Memory(max_bytes=SMALL, min_survival=0)
+    memory.open("a", [1], ())
+    handle = memory.start("a", [1], 0)
+    commit(memory, handle, [5, 6, 7, 8, 5, 6])
+    assert draft(memory, handle, 2)[0] == [7, 8]
+
+
+def test_prompts_share_short_contexts_only_where_asked():
+    for shared in (True, False):
+        memory = Memory(max_bytes=SMALL, shared=shared, min_survival=0)
+        memory.open("a", [1], [[5, 6, 7, 8]])
+        memory.open("b", [2], ())
+        handle = memory.start("b", [2], 0)
+        commit(memory, handle, [5, 6])
+        assert draft(memory, handle, 1)[0] == ([7] if shared else [])
+
+
+def test_close_gives_memory_back():
+    memory = Memory(max_bytes=4 * SMALL, shared=False)
+    for n in range(5):
+        memory.open(str(n), text(n, 200), [text(n + 9, 500)])
+    assert memory.num_bytes > 0
+    for n in range(5):
+        memory.close(str(n))
+    assert memory.num_bytes == 0
+    assert memory.num_prompts == 0
+
+
+def test_memory_stays_bounded_and_goes_on_drafting():
+    memory = Memory(max_bytes=SMALL)
+    for n in range(40):
+        memory.open(str(n), text(n, 100, 100_000), [text(n + 99, 900, 100_000)])
+        assert memory.num_bytes <= SMALL
+    completion = text(1, 100, 100_000)
+    handle = memory.start("39", [1], 0)
+    commit(memory, handle, completion)
+    commit(memory, handle, completion[:30])
+    assert draft(memory, handle, 1)[0] == completion[30:31]
+    first = memory.start("0", [1], 0)
+    commit(memory, first, completion)
+    assert memory.num_bytes <= SMALL
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    texts=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=40), min_size=1, max_size=4),
+    caps=st.lists(st.integers(0, 9), min_size=3, max_size=3),
+    budget=st.one_of(st.none(), st.integers(0, 12)),
+)
+def test_drafts_keep_caps_and_budget_and_depend_on_the_observed_only(texts, caps, budget):
+    answers = []
+    for noise in (False, False, True):
+        memory = Memory(max_bytes=SMALL, min_survival=0, noise=noise)
+        handles = []
+        for n in range(3):
+            memory.open(str(n), [n, n + 1], texts)
+            handles.append(memory.start(str(n), [n, n + 1], n))
+        handles = np.array(handles)
+        for tokens in texts:
+            memory.commit(handles, np.array(tokens * 3), np.full(3, len(tokens)))
+        drafts = memory.draft(handles, np.array(caps), budget)
+        assert (drafts.lengths <= caps).all()
+        assert budget is None or drafts.lengths.sum() <= budget
+        assert ((drafts.survival > 0).sum(1) == drafts.lengths).all()
+        assert (drafts.survival <= 1).all()
+        answers.append([drafts.tokens.tolist(), drafts.survival.tolist()])
+    assert answers[0] == answers[1]
+
+
+def test_counts_do_not_depend_on_the_steps_they_came_in():
+    completion = text(3, 80, 8)
+    answers = []
+    for sizes in ([32, 32, 16], [1] * 80, [7, 13, 30, 30]):
+        memory = Memory(max_bytes=SMALL, min_survival=0)
+        memory.open("a", [1, 2], ())
+        handle = memory.start("a", [1, 2], 0)
+        first = 0
+        for size in sizes:
+            commit(memory, handle, completion[first : first + size])
+            first += size
+        answers.append(draft(memory, handle, 8)[0])
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_known_distribution_is_drafted_with_the_samplers_noise():
+    memory = Memory(max_bytes=SMALL, shared=False, noise=True, min_survival=0)
+    ids, probs = np.array([[7, 8, 9]]), np.array([[0.4, 0.35, 0.25]], np.float32)
+    memory.open("a", [1], ())
+    hits = 0
+    for key in range(300):
+        handle = memory.start("a", [1], key)
+        drawn = max(range(3), key=lambda j: math.log(probs[0, j]) + gumbel(key, 0, ids[0, j]))
+        hits += draft(memory, handle, 1)[0] == [ids[0, drawn]]
+        memory.commit(
+            np.array([handle]), ids[0, drawn : drawn + 1], np.array([1]), ids.copy(), probs
+        )
+        memory.finish(handle)
+    assert hits > 270  # without noise 120
+
+
+def test_survival_is_learned():
+    memory = Memory(max_bytes=SMALL, min_survival=0.5)
+    rng = random.Random(0)
+    memory.open("a", [1], ())
+    handle = memory.start("a", [1], 0)
+    for _ in range(600):
+        commit(memory, handle, [rng.randrange(6)])
+        drafted, _ = draft(memory, handle, 4)
+    assert drafted == []  # one in six is not worth it
+
+
+def test_a_prompt_opens_once():
+    memory = Memory(max_bytes=SMALL)
+    memory.open("a", [1], ())
+    with pytest.raises(ValueError, match="open already"):
+        memory.open("a", [1], ())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.randoms(use_true_random=False))
+def test_arena_ranges_never_overlap_and_join_again(levels, rng):
+    arena = Arena(32 << 8)
+    held = {}
+    for level in levels:
+        start = arena.allocate(1 << level)
+        if start is not None:
+            assert (arena.rows[start : start + (1 << level)] == 0).all()
+            arena.rows[start : start + (1 << level)] = 1
+            assert all(start + (1 << level) <= s or s + (1 << k) <= start for s, k in held.items())
+            held[start] = level
+        elif held:
+            start = rng.choice(sorted(held))
+            arena.free(start, 1 << held.pop(start))
+    for start, level in held.items():
+        arena.free(start, 1 << level)
+    assert arena.num_used == 0
+    assert arena.allocate(1 << 8) == 0
+
+
+def test_the_noise_is_the_samplers():
+    torch = pytest.importorskip("torch")
+    from streaminator.engine import sampler
+
+    rng = random.Random(0)
+    keys = [rng.randrange(-(2**63), 2**63) for _ in range(20)]
+    for key in keys:
+        position, token = rng.randrange(4000), rng.randrange(200_000)
+        theirs = sampler.gumbel(
+            torch.tensor([key]), torch.tensor([position]), torch.tensor([[token]])
+        )
+        assert gumbel(key, position, token) == pytest.approx(theirs.item(), rel=1e-12)
