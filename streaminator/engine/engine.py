@@ -5,7 +5,7 @@ Each step: schedule -> draft -> pack -> forward -> sample -> verify -> commit ->
 
     word      file
     schedule  engine/scheduler.py (and block_manager.py)
-    draft     speculative/store.py -> speculative/ngram.py
+    draft     speculative/memory_store.py -> memory.py; or store.py -> ngram.py
     pack      engine/batch.py
     forward   engine/model_runner.py -> the Hugging Face model -> engine/attention.py, kv_cache.py
     sample    engine/sampler.py

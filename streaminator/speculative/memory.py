@@ -18,7 +18,7 @@ A token that is new in all its contexts costs 11 rows of 32 bytes in its prompt'
 shared one; tables are between 0.4 and 0.8 full: 440 to 880 bytes and 240 to 480. A token already
 known in its contexts costs nothing.
 
-Used by: `replay`.
+Used by: `memory_store` (the stream), `replay`.
 """
 
 from collections.abc import Sequence
