@@ -15,6 +15,9 @@ inside a table count from its start, so a table can be moved.
 Used by: `memory_kernels`, `memory`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +49,14 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT30, _SHIFT27, _SHIFT31, _SHIFT32 = (np.uint64(n) for n in (30, 27, 31, 32))
 _ONE = np.uint64(1)
 
-jit = numba.njit(cache=True, nogil=True)
+
+def jit(function: Callable) -> Any:
+    """Compile on first use; the result is kept on disk where a folder for it can be written."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache is writable
+        return numba.njit(nogil=True)(function)
+
 
 Ints = NDArray[np.int64]
 Rows = NDArray[np.int32]
