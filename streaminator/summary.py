@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from streaminator.data.files import join_uri, list_parts, reason, resolve
@@ -140,6 +141,8 @@ def summarise(run: str | Path) -> Summary:
     tables = {name: list_parts(filesystem, f"{path}/{name}") for name in ("completions", "steps")}
     if record is None and not any(tables.values()):
         raise OutputError(f"{run}: no run here (neither run.json nor results)")
+    for part in tables["steps"]:
+        _check_footer(filesystem, part)
     try:
         with duckdb.connect() as connection:
             _view(connection, "completions", filesystem, tables["completions"], COMPLETIONS)
@@ -147,6 +150,17 @@ def summarise(run: str | Path) -> Summary:
             return _compute(connection, str(run) if "://" in str(run) else path, record)
     except (duckdb.Error, OSError, pa.ArrowException) as error:
         raise OutputError(f"{path}: cannot be summarised: {reason(error)}") from error
+
+
+def _check_footer(filesystem: pafs.FileSystem, part: str) -> None:
+    try:
+        with filesystem.open_input_file(part) as file:
+            pq.ParquetFile(file).close()
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(
+            f"{part}: damaged ({reason(error)}); delete it and run the same command again: it holds "
+            "statistics of steps only"
+        ) from error
 
 
 def _view(

@@ -208,7 +208,7 @@ def _answer(row: Row, column: str | None) -> str | None:
     if name is None:
         return None
     answer = _cell(row, name, "--answer_column")
-    if answer is None or answer == "":
+    if answer is None or answer == "" or answer != answer:  # NaN is no answer
         return None
     if not isinstance(answer, str | Number):
         raise DataError(

@@ -191,3 +191,11 @@ def test_a_summary_is_json(run):
     content = json.loads(json.dumps(summarise(run).to_dict(), allow_nan=False))
     assert content["pass_at_k"]["4"] == 1.0
     assert content["generations"][0]["acceptance_rate"] == 0.25
+
+
+def test_a_damaged_part_of_the_steps_is_named_with_what_to_do(run):
+    (part, *_) = sorted((run / "steps").glob("*.parquet"))
+    part.write_bytes(part.read_bytes()[:-9])
+    with pytest.raises(OutputError, match="delete it and run the same command again") as raised:
+        summarise(run)
+    assert str(part) in str(raised.value)
