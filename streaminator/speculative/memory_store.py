@@ -17,6 +17,16 @@ _MIN_SURVIVAL = 0.2
 """A drafted token less likely to be accepted costs more in the forward than it saves."""
 
 
+def _warm_up() -> None:
+    """Compile, or load what was compiled before, so that the first steps are not measured by it."""
+    memory = Memory(max_bytes=1 << 20, noise=True)
+    memory.open("", (0, 1, 0, 1), ())
+    handles = np.array([memory.start("", (0, 1), 0)])
+    memory.draft(handles, np.array([2]))
+    ids, probs = np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32)
+    memory.commit(handles, np.array([0]), np.array([1]), ids, probs)
+
+
 class MemoryStore:
     """Learns every token the moment it is drawn, with the distribution it was drawn from."""
 
@@ -30,6 +40,7 @@ class MemoryStore:
             learns_prompts=config.prompt_training,
             learns_completions=config.generation_training,
         )
+        _warm_up()
         self._open: set[str] = set()
         self._handles: dict[str, int] = {}
 

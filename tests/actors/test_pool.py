@@ -43,7 +43,8 @@ def test_a_killed_worker_is_reported_and_its_rows_are_there(cluster, tmp_path: P
         pool.open(OpenRun(uri=str(tmp_path), attempt=1, max_prompt_length=100))
         prompts = list(load_prompts(CONFIG.data, load_tokenizer(CONFIG.model)))
         pool.submit(0, prompts[:4], 0)
-        pool.next_result()
+        while not pool.next_result()[1].report.num_finished:
+            pool.submit(0, [], 0)
         pool.close()
         num_rows = duckdb.sql(f"SELECT count(*) FROM '{tmp_path}/completions/*.parquet'").fetchall()
         assert num_rows[0][0] > 0
