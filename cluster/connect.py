@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import ray
 
-from streaminator.errors import ConfigError
+from streaminator.errors import ConfigError, first_line
 
 
 @contextmanager
@@ -33,8 +33,8 @@ def connect(address: str | None) -> Iterator[None]:
         else:
             ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"--address {where}: no Ray answers there ({line})") from error
+        why = first_line(error)
+        raise ConfigError(f"--address {where}: no Ray answers there ({why})") from error
     try:
         yield
     finally:

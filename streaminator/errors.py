@@ -52,3 +52,9 @@ class Terminated(BaseException):
 
 class WorkerDiedError(StreaminatorError, RuntimeError):
     """A worker process ended before its work did."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line of bounded length."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

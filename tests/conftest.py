@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from streaminator.engine.model_runner import ModelRunner
-from tests.fakes import load_runner, save_model
+from tests.fakes import FREE, PROMPTS, TOKENIZER, Draws, draw, load_runner, save_model
 
 torch.set_num_threads(1)
 
@@ -22,3 +22,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
     """A tiny random Llama in float32. Whoever changes its weights puts them back."""
     folder = save_model(tmp_path_factory.mktemp("llama"), "Llama", dtype=torch.float32)
     return load_runner(folder, "float32")
+
+
+@pytest.fixture(scope="session")
+def free(llama: ModelRunner) -> Draws:
+    """Completions that only their length ends, with their text."""
+    return draw(llama, PROMPTS, sampling=FREE, tokenizer=TOKENIZER)

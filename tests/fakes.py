@@ -150,6 +150,20 @@ def make_prompt(
     )
 
 
+MAX_LENGTH = 20
+FREE = SamplingParams(max_length=MAX_LENGTH, temperature=1.0)
+NO_SPECULATION = SpeculatorConfig(spec_decoding=False)
+PROMPTS = [make_prompt(f"p{n}", random_tokens(n, seed=n), 3) for n in (4, 19, 33)]
+TOKENIZER = letters_tokenizer()
+
+Draws = dict[tuple[str, int], Completion]
+
+
+def sampling(**changes: Any) -> SamplingParams:
+    """`FREE` with changes."""
+    return SamplingParams(**({"max_length": MAX_LENGTH, "temperature": 1.0} | changes))
+
+
 def make_engine(
     runner: ModelRunner,
     *,

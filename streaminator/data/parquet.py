@@ -23,9 +23,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from streaminator.data.files import (
-    clean_temp_files,
     list_parts,
-    open_output,
     reason,
     resolve,
     write_whole,
@@ -35,18 +33,6 @@ from streaminator.sequence import Completion, StepStats
 
 if TYPE_CHECKING:
     from streaminator.grading import Grade
-
-__all__ = [
-    "COMPLETIONS",
-    "STEPS",
-    "PartWriter",
-    "clean_temp_files",
-    "completion_row",
-    "completions_schema",
-    "open_output",
-    "read_finished",
-    "step_row",
-]
 
 _TIMESTAMP = pa.timestamp("us", tz="UTC")
 

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from streaminator.errors import DataError
+from streaminator.errors import DataError, first_line
 
 DEMO_FILE = Path(__file__).parents[1] / "demo" / "problems.jsonl"
 _DEFAULT_HUB_CONFIGS = {"openai/gsm8k": "main", "gsm8k": "main"}
@@ -64,7 +64,7 @@ def load_file(path: Path) -> Iterator[Row]:
     try:
         yield from read(path)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({_first_line(error)})") from error
+        raise DataError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -81,7 +81,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                     "give one complete object per line"
                 ) from error
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: not readable ({_first_line(error)})") from error
+                raise DataError(f"{place}: not readable ({first_line(error)})") from error
             yield _object_row(place, values)
 
 
@@ -94,7 +94,7 @@ def _read_json(path: Path) -> Iterator[Row]:
             "a file with one object per line must be named .jsonl"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable ({_first_line(error)})") from error
+        raise DataError(f"{path}: not readable ({first_line(error)})") from error
     if isinstance(content, dict):
         content = content.get("data")
     if isinstance(content, dict):
@@ -142,7 +142,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 yield Row(place, dict(zip(names, fields, strict=True)))
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} row {number + 1}: not valid CSV in UTF-8 ({_first_line(error)})"
+            f"{path} row {number + 1}: not valid CSV in UTF-8 ({first_line(error)})"
         ) from error
 
 
@@ -155,7 +155,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(f"{path} row {number}", values)
     except pa.ArrowException as error:
-        raise DataError(f"{path}: not a valid Parquet file ({_first_line(error)})") from error
+        raise DataError(f"{path}: not a valid Parquet file ({first_line(error)})") from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -178,11 +178,6 @@ def _load_hub(name: str, config: str | None, split: str) -> Iterator[Row]:
         # Scripts, servers, caches and parsers fail in their own ways; all mean the same here.
         raise DataError(
             f"dataset {name} (split {split}): cannot be loaded from the hub "
-            f"({_first_line(error)}); give a local .jsonl, .json, .csv or .parquet file, or check "
+            f"({first_line(error)}); give a local .jsonl, .json, .csv or .parquet file, or check "
             "the name, the configuration, the split and the network"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from streaminator.config import ModelConfig
-from streaminator.errors import ModelError
+from streaminator.errors import ModelError, first_line
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo"
 
@@ -110,12 +110,6 @@ def _one_line(what: str, config: ModelConfig) -> Iterator[None]:
                 "add --trust_remote_code if you trust it"
             ) from error
         raise ModelError(f"{what} ({first_line(error)})") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, on one line of bounded length."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
 
 
 def _source(name: str) -> str:

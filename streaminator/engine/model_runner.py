@@ -17,9 +17,9 @@ from transformers import AttentionInterface
 from streaminator.config import EngineConfig, ModelConfig
 from streaminator.engine.attention import NAME, Stream, attention
 from streaminator.engine.batch import Batch
-from streaminator.engine.checkpoint import first_line, load_model
+from streaminator.engine.checkpoint import load_model
 from streaminator.engine.kv_cache import KVCache, LayerShape, bytes_per_block
-from streaminator.errors import ConfigError, DeviceError, ModelError
+from streaminator.errors import ConfigError, DeviceError, ModelError, first_line
 
 AttentionInterface.register(NAME, attention)
 

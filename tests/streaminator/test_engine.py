@@ -9,40 +9,28 @@ import torch
 
 from streaminator.config import EngineConfig, SamplingParams, SpeculatorConfig
 from streaminator.engine.model_runner import ModelRunner
-from streaminator.sequence import Completion, FinishReason, Prompt
+from streaminator.sequence import FinishReason, Prompt
 from streaminator.speculative.store import SpeculatorStore
 from tests.fakes import (
     CONTEXT,
+    FREE,
+    MAX_LENGTH,
+    NO_SPECULATION,
+    PROMPTS,
+    TOKENIZER,
     VOCAB_SIZE,
+    Draws,
     check_invariants,
     drain,
     draw,
-    letters_tokenizer,
     load_runner,
     make_engine,
     make_prompt,
     random_tokens,
+    sampling,
     save_model,
     tokens,
 )
-
-MAX_LENGTH = 20
-FREE = SamplingParams(max_length=MAX_LENGTH, temperature=1.0)
-NO_SPECULATION = SpeculatorConfig(spec_decoding=False)
-PROMPTS = [make_prompt(f"p{n}", random_tokens(n, seed=n), 3) for n in (4, 19, 33)]
-TOKENIZER = letters_tokenizer()
-
-Draws = dict[tuple[str, int], Completion]
-
-
-@pytest.fixture(scope="module")
-def free(llama: ModelRunner) -> Draws:
-    """Completions that only their length ends, with their text."""
-    return draw(llama, PROMPTS, sampling=FREE, tokenizer=TOKENIZER)
-
-
-def sampling(**changes) -> SamplingParams:
-    return SamplingParams(**({"max_length": MAX_LENGTH, "temperature": 1.0} | changes))
 
 
 def cut_after(token_ids: list[int], stops: set[int]) -> list[int]:

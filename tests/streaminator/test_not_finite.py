@@ -8,38 +8,24 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from streaminator.config import EngineConfig, SamplingParams, SpeculatorConfig
+from streaminator.config import EngineConfig
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.sequence import Completion, FinishReason, Prompt
 from tests.fakes import (
+    FREE,
+    MAX_LENGTH,
+    NO_SPECULATION,
+    PROMPTS,
     VOCAB_SIZE,
+    Draws,
     drain,
     draw,
-    letters_tokenizer,
     make_engine,
     make_prompt,
     random_tokens,
+    sampling,
     tokens,
 )
-
-MAX_LENGTH = 20
-FREE = SamplingParams(max_length=MAX_LENGTH, temperature=1.0)
-NO_SPECULATION = SpeculatorConfig(spec_decoding=False)
-PROMPTS = [make_prompt(f"p{n}", random_tokens(n, seed=n), 3) for n in (4, 19, 33)]
-TOKENIZER = letters_tokenizer()
-
-Draws = dict[tuple[str, int], Completion]
-
-
-@pytest.fixture(scope="module")
-def free(llama: ModelRunner) -> Draws:
-    """Completions that only their length ends, with their text."""
-    return draw(llama, PROMPTS, sampling=FREE, tokenizer=TOKENIZER)
-
-
-def sampling(**changes) -> SamplingParams:
-    return SamplingParams(**({"max_length": MAX_LENGTH, "temperature": 1.0} | changes))
-
 
 # Logits that are not finite
 

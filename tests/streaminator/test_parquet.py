@@ -11,14 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs as pafs
 
+from streaminator.data.files import clean_temp_files, open_output
 from streaminator.data.parquet import (
     COMPLETIONS,
     STEPS,
     PartWriter,
-    clean_temp_files,
     completion_row,
     completions_schema,
-    open_output,
     read_finished,
     step_row,
 )
