@@ -3,8 +3,7 @@
 
 import os
 
-# MKL reads the first before its first call, the others are read on import.
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# Read on import.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -5,10 +5,12 @@ It is registered with transformers' `AttentionInterface` under the name "streami
 packed batch and the KV cache reach it as the keyword argument `stream` given to `model(...)`.
 
 Exactness: on a CPU a row's result must not depend, not even in the last bit, on the other rows,
-on padding, or on how many queries its sequence has in this step. Three things see to it: MKL's
-strict reproducible mode (set in `model_runner`), keys read in chunks of `KEY_CHUNK` positions
-(longer products are split by a rule that depends on their padded length), and a fixed order of
-merging the chunks by their log-sum-exp (FlashAttention, Dao et al. 2022, section 3.1).
+on padding, or on how many queries its sequence has in this step. Four things see to it: MKL's
+strict reproducible mode (set in `model_runner`); queries padded to a multiple of `QUERY_MULTIPLE`
+(where that mode is not to be had, on AMD, products of 1 to 3 rows differ from all others); keys
+read in chunks of `KEY_CHUNK` positions (longer products are split by a rule that depends on their
+padded length); and a fixed order of merging the chunks by their log-sum-exp (FlashAttention, Dao et
+al. 2022, section 3.1).
 
 Shapes: T packed tokens, N query heads, K KV heads, G = N / K, B, Q, L as in `batch`, H head dim.
 """
@@ -25,6 +27,7 @@ from streaminator.errors import ModelError
 
 NAME = "streaminator"
 KEY_CHUNK = 256
+QUERY_MULTIPLE = 4
 
 # Options of a model's attention that are honoured below, or do nothing at inference.
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "relative_position_bias")
@@ -109,9 +112,11 @@ def _attend_group(
         .reshape(num_sequences, num_kv_heads, num_groups * num_queries, -1)
     )
     mask = _mask(group, key.shape[2], num_groups, window, query.dtype)
-    result = _attend(packed, key, value, mask, scale, softcap)
+    num_rows = packed.shape[2]
+    packed = F.pad(packed, (0, 0, 0, mask.shape[2] - num_rows))
+    result = _attend(packed, key, value, mask, scale, softcap)[:, :, :num_rows]
     rows = (
-        result.view(num_sequences, num_kv_heads, num_groups, num_queries, -1)
+        result.reshape(num_sequences, num_kv_heads, num_groups, num_queries, -1)
         .permute(0, 3, 1, 2, 4)
         .reshape(num_sequences * num_queries, query.shape[1], -1)
     )
@@ -124,7 +129,7 @@ def _attend_group(
 def _mask(
     group: AttentionGroup, num_keys: int, num_groups: int, window: int | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Additive mask [B, 1, G * Q, L]; made once a step for each window."""
+    """Additive mask [B, 1, G * Q, L], on a CPU padded with rows that see all; made once a step."""
     mask = group.masks.get((window, num_groups))
     if mask is None:
         keys = torch.arange(num_keys, device=group.rows.device)
@@ -134,6 +139,8 @@ def _mask(
             visible &= keys > queries - window
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         mask = mask.masked_fill_(~visible, float("-inf"))[:, None].repeat(1, 1, num_groups, 1)
+        if mask.device.type == "cpu":
+            mask = F.pad(mask, (0, 0, 0, -mask.shape[2] % QUERY_MULTIPLE))
         group.masks[window, num_groups] = mask
     return mask
 

@@ -15,8 +15,9 @@ import torch
 
 from streaminator.sequence import Sequence
 
-# Rows are padded so that element-wise kernels never meet a partial vector: with it, a token's
-# value would depend, in the last bit, on how many others are in the batch.
+# Rows are padded so that element-wise kernels never meet a partial vector, and products never have
+# very few rows: with either, a token's value would depend, in the last bit, on how many others are
+# in the batch.
 ROW_MULTIPLE = 8
 
 
@@ -48,7 +49,7 @@ class Batch:
     """[num_tokens] place of each token's key and value: block * block_size + offset."""
     groups: list[AttentionGroup]
     sampled_rows: torch.Tensor
-    """[R] rows whose logits are needed."""
+    """[R, padded] rows whose logits are needed."""
     noise_keys: torch.Tensor
     """[R] signed 64-bit key of each sampled row's sequence."""
     noise_positions: torch.Tensor
@@ -100,7 +101,7 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
         positions=tensor(np.concatenate([*positions, pad]))[None],
         slot_mapping=tensor(np.concatenate(slots)),
         groups=groups,
-        sampled_rows=tensor(sampled),
+        sampled_rows=tensor(sampled + [0] * (-len(sampled) % ROW_MULTIPLE)),
         noise_keys=tensor(keys),
         noise_positions=tensor(noise_positions),
         num_tokens=len(tokens),

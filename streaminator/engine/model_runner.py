@@ -7,14 +7,11 @@ Used by: `engine.Engine`, `streaminator.session`.
 import os
 from typing import Any
 
-# Read by MKL at its first call: products whose rows do not depend on how many rows there are,
-# nor on the number of threads. Costs nothing from about 8 rows on.
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-
 import torch
 from transformers import AttentionInterface
 
 from streaminator.config import EngineConfig, ModelConfig
+from streaminator.engine import reproducible  # noqa: F401
 from streaminator.engine.attention import NAME, Stream, attention
 from streaminator.engine.batch import Batch
 from streaminator.engine.checkpoint import load_model
@@ -129,13 +126,14 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Logits [R, V] of the batch's sampled rows; keys and values go to the cache."""
-        return self.model(
+        output = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
             logits_to_keep=batch.sampled_rows,
             use_cache=False,
             stream=Stream(batch, cache, {}),
-        ).logits[0]
+        )
+        return output.logits[0, : len(batch.noise_keys)]
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next tells the truth."""
