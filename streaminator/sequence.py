@@ -130,6 +130,11 @@ class StepStats:
     num_accepted_tokens: int
     num_new_tokens: int
     """Tokens added to completions."""
+    num_draft_by_survival: list[int] = field(default_factory=list)
+    """[10] tokens drafted, by tenths of the chance of acceptance that the speculator gave them;
+    empty where it gives none."""
+    num_accepted_by_survival: list[int] = field(default_factory=list)
+    """[10] the accepted ones of these."""
     seconds_schedule: float
     seconds_draft: float
     seconds_pack: float

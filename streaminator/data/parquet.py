@@ -82,6 +82,12 @@ STEPS = _schema(
     ("num_draft_tokens", pa.int32(), "tokens drafted"),
     ("num_accepted_tokens", pa.int32(), "drafted tokens accepted"),
     ("num_new_tokens", pa.int32(), "tokens added to completions"),
+    (
+        "num_draft_by_survival",
+        pa.list_(pa.int32()),
+        "tokens drafted, by tenths of the chance they were given; empty where none was",
+    ),
+    ("num_accepted_by_survival", pa.list_(pa.int32()), "the accepted ones of these"),
     ("seconds_schedule", pa.float64(), "choosing what runs"),
     ("seconds_draft", pa.float64(), "drafting"),
     ("seconds_pack", pa.float64(), "building the batch"),

@@ -23,7 +23,7 @@ Used by: `streaminator.session`, `jobs.benchmark`.
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +34,10 @@ from streaminator.engine.block_manager import BlockManager
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.sampler import INVALID_TOKEN, noise_key, sample
 from streaminator.engine.scheduler import Scheduler
+from streaminator.engine.step_costs import measure_step_costs
 from streaminator.engine.stopping import StopChecker
 from streaminator.sequence import Completion, FinishReason, Prompt, Sequence, StepStats
+from streaminator.speculative.draft_budget import DraftBudget, StepCosts
 from streaminator.speculative.speculator import Gain, Store
 from streaminator.speculative.store import SpeculatorStore
 from streaminator.speculative.verify import count_accepted
@@ -56,8 +58,9 @@ class Engine:
         engine: EngineConfig,
         speculator: SpeculatorConfig,
         max_prompt_length: int = 512,
+        step_costs: StepCosts | None = None,
     ) -> None:
-        """Wire the parts and allocate the KV cache.
+        """Wire the parts, allocate the KV cache and measure what steps cost.
 
         Args:
             runner: the loaded model.
@@ -66,6 +69,7 @@ class Engine:
             engine: stream width, cache, batching.
             speculator: what drafts are made of.
             max_prompt_length: prompt tokens to size the cache for; longer ones still run.
+            step_costs: what the draft budget counts with; None: measured.
         """
         self.runner = runner
         self._sampling = sampling
@@ -82,6 +86,19 @@ class Engine:
             continuous_batching=engine.continuous_batching,
             start=self._start,
         )
+        self._budget: DraftBudget | None = None
+        if speculator.spec_decoding and speculator.speculator == "memory":
+            self._budget = DraftBudget(
+                step_costs
+                or measure_step_costs(
+                    runner,
+                    cache,
+                    sampling,
+                    stream_width=engine.stream_width,
+                    max_draft=speculator.num_speculative_tokens,
+                    num_top=self.store.num_top,
+                )
+            )
         self._cache = cache
         self._num_blocks = engine.num_blocks
         self._failed: list[Completion] = []
@@ -121,7 +138,7 @@ class Engine:
         clock.lap("schedule")
         if not sequences:
             return finished
-        self._draft(sequences)
+        drafted = self._draft(sequences)
         clock.lap("draft")
         new_blocks = self.scheduler.block_manager.take_handed_out()
         if new_blocks:
@@ -134,6 +151,7 @@ class Engine:
         clock.lap("sample")
         verdicts = _verify(sequences, tokens, logprobs)
         clock.lap("verify")
+        by_survival = _count_by_survival(drafted, verdicts)
         running = len(self.scheduler.running)
         gains, ended = [], []
         for sequence, drawn, drawn_logprobs, row in verdicts:
@@ -149,6 +167,11 @@ class Engine:
             self.store.commit_all(gains)
         finished.extend(self._retire(*end) for end in ended)
         clock.lap("commit")
+        num_new = sum(len(gain.token_ids) for gain in gains)
+        if self._budget:
+            self._budget.observe(
+                batch.num_tokens, batch.num_tokens - len(tokens), num_new, clock.total
+            )
         self.last_step = StepStats(
             time=time.time(),
             num_running=running,
@@ -156,7 +179,9 @@ class Engine:
             num_decode_tokens=sum(1 for _, drawn, _, _ in verdicts if drawn),
             num_draft_tokens=sum(s.drafted[-1] for s, drawn, _, _ in verdicts if drawn),
             num_accepted_tokens=sum(s.accepted[-1] for s, drawn, _, _ in verdicts if drawn),
-            num_new_tokens=sum(len(gain.token_ids) for gain in gains),
+            num_new_tokens=num_new,
+            num_draft_by_survival=by_survival[0].tolist(),
+            num_accepted_by_survival=by_survival[1].tolist(),
             num_blocks_used=self.scheduler.block_manager.num_used,
             device_memory=self.runner.memory_in_use(),
             **clock.seconds,
@@ -177,19 +202,27 @@ class Engine:
             self.store.start(sequence)
         return sequence
 
-    def _draft(self, sequences: list[Sequence]) -> None:
+    def _draft(self, sequences: list[Sequence]) -> "_Drafted | None":
+        """Give each sequence its draft; returns how likely the store held them, where it knows."""
         for sequence in sequences:
             sequence.draft = []
         if not self._speculator_config.spec_decoding:
-            return
+            return None
         drafting = [s for s in sequences if s.is_sampled and s.may_draft]
         # The step adds one token more than it accepts.
         rooms = [s.max_num_tokens - len(s.token_ids) - 1 for s in drafting]
         caps = [min(self._speculator_config.num_speculative_tokens, room) for room in rooms]
-        drafts = self.store.draft_all(drafting, caps)
+        floor = self._budget.floor if self._budget else 0.0
+        drafts, survival = self.store.draft_all(drafting, caps, floor)
+        if self._budget and survival is not None:
+            lengths = np.array([len(draft) for draft in drafts], np.int64)
+            num_tokens = sum(s.num_scheduled_tokens for s in sequences)
+            lengths = self._budget.cut(survival, lengths, num_tokens, len(drafting))
+            drafts = [d[:num] for d, num in zip(drafts, lengths.tolist(), strict=True)]
         for sequence, draft in zip(drafting, drafts, strict=True):
             if draft:
                 sequence.draft = draft[: self.scheduler.reserve_draft(sequence, len(draft))]
+        return None if survival is None else _Drafted(drafting, survival)
 
     def _sample(
         self, logits: torch.Tensor, batch: Batch
@@ -315,6 +348,27 @@ def _verify(
     return verdicts
 
 
+class _Drafted(NamedTuple):
+    sequences: list[Sequence]
+    survival: np.ndarray
+    """[n, k]"""
+
+
+def _count_by_survival(
+    drafted: _Drafted | None, verdicts: list[tuple[Sequence, list[int], list[float], int]]
+) -> np.ndarray:
+    """[2, 10] drafted and accepted tokens by tenths of the chance that they were given."""
+    if drafted is None or not drafted.survival.size:
+        return np.zeros((2, 0), np.int64)
+    num_accepted = {id(sequence): len(drawn) - 1 for sequence, drawn, _, _ in verdicts}
+    lengths = np.array([len(s.draft) for s in drafted.sequences])
+    accepted = np.array([num_accepted[id(s)] for s in drafted.sequences])
+    position = np.arange(drafted.survival.shape[1])
+    tenths = np.minimum((drafted.survival * 10).astype(np.int64), 9)
+    is_in = [position < ends[:, None] for ends in (lengths, accepted)]
+    return np.stack([np.bincount(tenths[mask], minlength=10) for mask in is_in])
+
+
 class _Clock:
     """Seconds per phase of one step."""
 
@@ -329,3 +383,8 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[f"seconds_{phase}"] = now - self._last
         self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds of all phases so far."""
+        return sum(self.seconds.values())

@@ -7,14 +7,12 @@ Used by: `engine.Engine`, with `--speculator memory`.
 from collections.abc import Sequence as Seq
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streaminator.config import SpeculatorConfig
 from streaminator.sequence import Prompt, Sequence
 from streaminator.speculative.memory import Memory
 from streaminator.speculative.speculator import Gain
-
-_MIN_SURVIVAL = 0.2
-"""A drafted token less likely to be accepted costs more in the forward than it saves."""
 
 
 def _warm_up() -> None:
@@ -36,7 +34,6 @@ class MemoryStore:
             max_bytes=config.speculator_memory << 20,
             shared=config.shared_memory,
             noise=self.num_top > 0,
-            min_survival=_MIN_SURVIVAL,
             learns_prompts=config.prompt_training,
             learns_completions=config.generation_training,
         )
@@ -59,11 +56,14 @@ class MemoryStore:
             prompt.prompt_id, sequence.token_ids, sequence.noise_key
         )
 
-    def draft_all(self, sequences: Seq[Sequence], caps: Seq[int]) -> list[list[int]]:
-        """Draft up to `caps[i]` tokens for `sequences[i]`, as many as are likely to be accepted."""
+    def draft_all(
+        self, sequences: Seq[Sequence], caps: Seq[int], floor: float
+    ) -> tuple[list[list[int]], NDArray[np.float32]]:
+        """Draft up to `caps[i]` tokens for `sequences[i]`, while they are likely above `floor`."""
+        self._memory.min_survival = floor
         drafts = self._memory.draft(self._arrange(sequences), np.array(caps, np.int64))
-        rows = drafts.tokens.tolist()
-        return [row[:num] for row, num in zip(rows, drafts.lengths.tolist(), strict=True)]
+        rows = zip(drafts.tokens.tolist(), drafts.lengths.tolist(), strict=True)
+        return [row[:num] for row, num in rows], drafts.survival
 
     def commit_all(self, gains: Seq[Gain]) -> None:
         """Learn a step's tokens, and how good its drafts were."""

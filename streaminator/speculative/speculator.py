@@ -60,9 +60,16 @@ class Store(Protocol):
         ...
 
     def draft_all(
-        self, sequences: Sequence[flight.Sequence], caps: Sequence[int]
-    ) -> list[list[int]]:
-        """Guess up to `caps[i]` tokens that follow `sequences[i]`."""
+        self, sequences: Sequence[flight.Sequence], caps: Sequence[int], floor: float
+    ) -> tuple[list[list[int]], NDArray[np.float32] | None]:
+        """Guess up to `caps[i]` tokens that follow `sequences[i]`.
+
+        Tokens less likely than `floor` to be accepted may be left out.
+
+        Returns:
+            The guesses, and [n, k] for each token the probability that it and all before it are
+            accepted, 0 behind the end; None where nothing is known of it.
+        """
         ...
 
     def commit_all(self, gains: Sequence[Gain]) -> None:

@@ -33,12 +33,15 @@ class SpeculatorStore:
     def start(self, sequence: Sequence) -> None:
         """Nothing to prepare."""
 
-    def draft_all(self, sequences: Seq[Sequence], caps: Seq[int]) -> list[list[int]]:
+    def draft_all(
+        self, sequences: Seq[Sequence], caps: Seq[int], floor: float
+    ) -> tuple[list[list[int]], None]:
         """Draft up to `caps[i]` tokens for `sequences[i]`."""
-        return [
+        drafts = [
             self.draft(sequence.prompt, sequence.token_ids, cap)
             for sequence, cap in zip(sequences, caps, strict=True)
         ]
+        return drafts, None
 
     def commit_all(self, gains: Seq[Gain]) -> None:
         """Nothing: an n-gram model learns finished completions."""
