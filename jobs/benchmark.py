@@ -9,7 +9,10 @@
 
 All three get token ids and give token ids; loading, tokenization and the engine's construction
 are not timed. Runs are interleaved, and a ratio is the median over repeats of the ratios within
-one. The last line of the output is a JSON object. Exit code 1: speculation changed a token.
+one. Exit code 1: speculation changed a token.
+
+With `--widths 1,4,16` the comparison is made at each of these stream widths, with at least as many
+prompts as slots. The output ends with a line of JSON for each width.
 """
 
 import argparse
@@ -59,7 +62,10 @@ def main(argv: Sequence[str]) -> int:
     from streaminator.engine.model_runner import ModelRunner
 
     tokenizer = load_tokenizer(config.model)
-    prompts = list(load_prompts(config.data, tokenizer))
+    widths = other.widths or [config.engine.stream_width]
+    num = config.data.num_samples
+    data = replace(config.data, num_samples=None if num is None else max(num, *widths, 1))
+    prompts = list(load_prompts(data, tokenizer))
     with tempfile.TemporaryDirectory(prefix="streaminator-benchmark-") as folder:
         model_config = config.model
         if other.random_model != "none":
@@ -67,15 +73,19 @@ def main(argv: Sequence[str]) -> int:
             model_config = replace(model_config, model_name=folder, tokenizer_name=None)
         runner = ModelRunner(model_config)
         _check_lengths(prompts, config, runner)
-        model = load_transformers(config, runner)
-    runs = measure(config, runner, model, prompts, repeats=other.repeats)
-    result = _describe(config, other, runner, prompts) | _summarize(config, runs)
-    print(_table(result))
-    line = json.dumps(result, separators=(",", ":"))
-    print(line, flush=True)
+        model = None if other.no_transformers else load_transformers(config, runner)
+    results = []
+    for width in widths:
+        at_width = replace(config, engine=replace(config.engine, stream_width=width))
+        some = prompts if num is None else prompts[: max(num, width)]
+        runs = measure(at_width, runner, model, some, repeats=other.repeats)
+        results.append(_describe(at_width, other, runner, some) | _summarize(at_width, runs))
+        print(_table(results[-1]), end="\n\n", flush=True)
+    lines = [json.dumps(result, separators=(",", ":")) for result in results]
+    print(*lines, sep="\n", flush=True)
     if other.json_out:
-        _write(other.json_out, line)
-    if result["outputs"]["speculative_differs"]:
+        _write(other.json_out, "\n".join(lines))
+    if any(result["outputs"].get("speculative_differs") for result in results):
         sys.stderr.write("python -m jobs.benchmark: speculation changed tokens; this is a bug\n")
         return 1
     return 0
@@ -89,7 +99,26 @@ def _add(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="random weights of this size with the model's tokenizer; implies --ignore_eos",
     )
+    parser.add_argument(
+        "--no_transformers", action="store_true", help="leave transformers' generate out"
+    )
+    parser.add_argument(
+        "--widths",
+        type=_parse_widths,
+        metavar="NUMBERS",
+        help="stream widths to compare at, with commas (default: --stream_width)",
+    )
     parser.add_argument("--json_out", metavar="FILE", help="file to write the last line to, too")
+
+
+def _parse_widths(text: str) -> list[int]:
+    try:
+        widths = [int(width) for width in text.split(",")]
+    except ValueError:
+        widths = [0]
+    if min(widths) < 1:
+        raise argparse.ArgumentTypeError(f"must be numbers from 1, with commas, not {text!r}")
+    return widths
 
 
 def _check(config: JobConfig, other: argparse.Namespace) -> None:
@@ -155,6 +184,8 @@ def _summarize(config: JobConfig, runs: dict[str, list["Run"]]) -> dict[str, Any
     """Speeds, ratios and the comparison of the outputs."""
     ratios = {}
     for above, below in _RATIOS:
+        if not {above, below} <= set(runs):
+            continue
         pairs = zip(runs[above], runs[below], strict=True)
         values = [a.speed / b.speed for a, b in pairs]
         ratios[f"{above}/{below}"] = {"median": statistics.median(values), "values": values}
@@ -172,7 +203,7 @@ def _summarize(config: JobConfig, runs: dict[str, list["Run"]]) -> dict[str, Any
         "outputs": {
             "num_completions": len(reference),
             "speculative_differs": max(differing["plain"], differing["speculative"]),
-            "transformers_differs": differing["transformers"] if is_greedy else None,
+            "transformers_differs": differing.get("transformers") if is_greedy else None,
         },
     }
 

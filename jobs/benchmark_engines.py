@@ -83,25 +83,29 @@ def _end_tokens(config: JobConfig, runner: ModelRunner) -> set[int]:
 def measure(
     config: JobConfig,
     runner: ModelRunner,
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     prompts: Sequence[Prompt],
     *,
     repeats: int,
 ) -> dict[str, list[Run]]:
-    """Each engine's runs, in the order of the repeats; a short one of each goes before."""
+    """Each engine's runs, in the order of the repeats; a short one of each goes before.
+
+    Without `model` (`load_transformers`) transformers is left out.
+    """
+    engines = ENGINES if model is not None else ENGINES[:2]
     sampling = config.sampling
     short = replace(sampling, max_length=min(_WARM_UP_LENGTH, sampling.max_length))
     first = [
         replace(prompt, sample_indices=prompt.sample_indices[:1])
         for prompt in prompts[: config.engine.stream_width]
     ]
-    for name in ENGINES:
+    for name in engines:
         _run(name, replace(config, sampling=short), runner, model, first, repeat=0)
-    runs: dict[str, list[Run]] = {name: [] for name in ENGINES}
+    runs: dict[str, list[Run]] = {name: [] for name in engines}
     for repeat in range(repeats):
-        for name in ENGINES:
+        for name in engines:
             runs[name].append(_run(name, config, runner, model, prompts, repeat=repeat))
-        speeds = ", ".join(f"{name} {runs[name][-1].speed:.1f}" for name in ENGINES)
+        speeds = ", ".join(f"{name} {runs[name][-1].speed:.1f}" for name in engines)
         sys.stderr.write(f"repeat {repeat + 1}/{repeats}: {speeds} tokens/s\n")
     return runs
 
@@ -110,12 +114,13 @@ def _run(
     name: str,
     config: JobConfig,
     runner: ModelRunner,
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     prompts: Sequence[Prompt],
     *,
     repeat: int,
 ) -> Run:
     if name == "transformers":
+        assert model is not None
         return _run_transformers(config, runner, model, prompts, seed=config.sampling.seed + repeat)
     return _run_engine(config, runner, prompts, spec_decoding=name == "speculative")
 
