@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`streaminator sample`: the library's own front, for one device and without Ray.
+"""The library's own front, for one device and without Ray.
+
+    streaminator sample   draw many completions per prompt
+    streaminator replay   try speculators on logged completions
+    streaminator COMMAND --help
 
 Used by: the `streaminator` command; `main_program` also by `jobs.*`.
 """
@@ -26,13 +30,13 @@ def main() -> int:
 
 
 def _command(argv: Sequence[str]) -> int:
-    if argv and argv[0] == "sample":
-        return _sample(argv[1:])
+    if argv and argv[0] in _COMMANDS:
+        return _COMMANDS[argv[0]](argv[1:])
     if argv and argv[0] in ("-h", "--help"):
-        print(__doc__)  # noqa: T201
+        print(str(__doc__).partition("\nUsed by")[0])  # noqa: T201
         return 0
     got = f"got {argv[0]!r}" if argv else "no command given"
-    raise ConfigError(f"{got}: the command is sample (streaminator sample --help)")
+    raise ConfigError(f"{got}: the commands are {', '.join(_COMMANDS)} (streaminator --help)")
 
 
 def _sample(argv: Sequence[str]) -> int:
@@ -47,6 +51,15 @@ def _sample(argv: Sequence[str]) -> int:
         return 0
     sample(config, LocalPool)
     return 0
+
+
+def _replay(argv: Sequence[str]) -> int:
+    from streaminator.cli_replay import main
+
+    return main(argv)
+
+
+_COMMANDS = {"sample": _sample, "replay": _replay}
 
 
 def resolve(config: JobConfig) -> JobConfig:

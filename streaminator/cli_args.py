@@ -56,11 +56,7 @@ def parse(
     parser = _parser(program, known)
     if extra is not None:
         extra(parser)
-    words = [_underscored(word) for word in argv]
-    # Whatever argparse cannot place is a typo: name the nearest flag instead of a usage text.
-    namespace, rest = parser.parse_known_args(words)
-    if rest:
-        _unknown(rest[0], parser.flags)
+    namespace = parse_words(parser, argv)
     given = vars(namespace)
     values = _load_toml(Path(given["config"]), known) if given["config"] else {}
     for name, setting in known.items():
@@ -70,8 +66,22 @@ def parse(
     return JobConfig.from_flat(values), namespace
 
 
+def make_parser(program: str, description: str) -> _Parser:
+    """A parser without flags yet, for `parse_words`."""
+    return _Parser(prog=program, allow_abbrev=False, description=description)
+
+
+def parse_words(parser: _Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse with hyphens and underscores alike. Raises: ConfigError."""
+    # Whatever argparse cannot place is a typo: name the nearest flag instead of a usage text.
+    namespace, rest = parser.parse_known_args([_underscored(word) for word in argv])
+    if rest:
+        _unknown(rest[0], parser.flags)
+    return namespace
+
+
 def _parser(program: str, known: dict[str, Field]) -> _Parser:
-    parser = _Parser(prog=program, allow_abbrev=False, description=_DESCRIPTION)
+    parser = make_parser(program, _DESCRIPTION)
     parser.add_argument("--config", metavar="FILE.toml", help="settings to start from")
     parser.add_argument(
         "--dry_run", action="store_true", help="print the resolved settings and exit"

@@ -35,7 +35,13 @@ from streaminator.errors import ConfigError, StreaminatorError, Terminated
 from streaminator.grading import grader_fingerprint, make_grader
 from streaminator.pool import OpenRun, Pool
 from streaminator.progress import Progress
-from streaminator.run_record import Run, check_run, open_run, resolve_run_id
+from streaminator.run_record import (
+    Run,
+    check_run,
+    open_run,
+    resolve_run_id,
+    tokenizer_fingerprint,
+)
 from streaminator.sequence import Prompt
 from streaminator.summary import Summary, render, summarise
 from streaminator.wandb_log import WandbLog
@@ -61,11 +67,13 @@ def _sample(config: JobConfig, make_pool: Callable[[JobConfig], Pool]) -> Summar
     check_model(config.model)
     completions_schema(config.data.metadata_columns)  # refuses names that are taken
     make_grader(config.data)
-    prompts = list(load_prompts(config.data, load_tokenizer(config.model)))
+    tokenizer = load_tokenizer(config.model)
+    prompts = list(load_prompts(config.data, tokenizer))
     longest = max(len(prompt.token_ids) for prompt in prompts)
     _check_blocks(config, longest)
     fingerprints = {
         "model": model_fingerprint(config.model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
         "prompts": _prompts_fingerprint(prompts),
         "grader": grader_fingerprint(config.data),
     }

@@ -46,7 +46,7 @@ class RunRecord:
     started_at: str
     """ISO 8601, UTC."""
     fingerprints: dict[str, str]
-    """Hashes of what the settings only name: the model's files, the prompts."""
+    """Hashes of what the settings only name: the model's files, its vocabulary, the prompts."""
     settings: dict[str, Any]
     """Every setting of the first attempt."""
     command: list[str]
@@ -169,16 +169,22 @@ def read_record(filesystem: pafs.FileSystem, path: str) -> RunRecord | None:
         ) from error
 
 
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of a tokenizer's vocabulary: where it is the same, token ids mean the same."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
+
+
 def _fixed_settings() -> set[str]:
     return token_settings() | _ROW_SETTINGS
 
 
 def _check_same(record: RunRecord, config: JobConfig, fingerprints: dict[str, str]) -> None:
     defaults = JobConfig().flat()
-    now: dict[str, Any] = {f"fingerprint of the {k}": v for k, v in fingerprints.items()}
-    recorded: dict[str, Any] = {
-        f"fingerprint of the {k}": record.fingerprints.get(k) for k in fingerprints
-    }
+    # Runs of earlier versions lack some.
+    known = fingerprints.keys() & record.fingerprints.keys()
+    now: dict[str, Any] = {f"fingerprint of the {k}": fingerprints[k] for k in sorted(known)}
+    recorded: dict[str, Any] = {f"fingerprint of the {k}": record.fingerprints[k] for k in known}
     for name, value in config.flat().items():
         if name in _fixed_settings():
             recorded[name] = record.settings.get(name, defaults[name])

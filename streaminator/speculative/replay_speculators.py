@@ -1,29 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """The speculators that a replay can compare, behind one interface.
 
-Used by: `replay`.
+Used by: `replay`, `streaminator.cli_replay`.
 """
 
+import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.errors import ConfigError
+from streaminator.errors import ConfigError, first_line
 from streaminator.speculative.memory import Memory
 from streaminator.speculative.memory_tables import Ints
 from streaminator.speculative.ngram import NGramSpeculator
 
 Chains = tuple[Ints, Ints, NDArray[np.float32]]
-"""Tokens [n, k], lengths [n], predicted survival [n, k] (0: not known)."""
+"""Tokens [n, k], lengths [n], predicted survival [n, k] (NaN: not known)."""
 
 
 class ReplaySpeculator(Protocol):
     """What the replay asks of a speculator; at most one running completion per prompt."""
 
-    def open(self, prompt_id: str, token_ids: Ints) -> None:
-        """A prompt begins."""
+    def open(self, prompt_id: str, token_ids: Ints, finished: Sequence[Ints]) -> None:
+        """A prompt begins, of which some completions were drawn before (warm start)."""
         ...
 
     def close(self, prompt_id: str) -> None:
@@ -58,9 +59,9 @@ class MemoryReplay:
     def __init__(self, **options: Any) -> None:
         self._memory = Memory(**options)
 
-    def open(self, prompt_id: str, token_ids: Ints) -> None:
+    def open(self, prompt_id: str, token_ids: Ints, finished: Sequence[Ints]) -> None:
         """A prompt begins."""
-        self._memory.open(prompt_id, token_ids.tolist(), ())
+        self._memory.open(prompt_id, token_ids.tolist(), [text.tolist() for text in finished])
 
     def close(self, prompt_id: str) -> None:
         """All completions of a prompt are done."""
@@ -109,7 +110,11 @@ class _OneByOne:
         tokens = np.zeros((len(handles), int(caps.max(initial=0))), np.int64)
         for row, draft in zip(tokens, drafts, strict=True):
             row[: len(draft)] = draft
-        return tokens, np.array([len(draft) for draft in drafts]), np.zeros(tokens.shape, "f4")
+        return (
+            tokens,
+            np.array([len(draft) for draft in drafts]),
+            np.full(tokens.shape, np.nan, "f4"),
+        )
 
     def commit(self, handles: Ints, tokens: Ints, lengths: Ints) -> None:
         """Append new tokens."""
@@ -128,15 +133,21 @@ class _OneByOne:
 class NGramReplay(_OneByOne):
     """The original's n-grams, one model per prompt."""
 
-    def __init__(self, order: int) -> None:
+    def __init__(self, order: int, *, learns_prompts: bool, learns_completions: bool) -> None:
         super().__init__()
         self._order = order
+        self._learns_prompts = learns_prompts
+        self._learns_completions = learns_completions
         self._models: dict[str, NGramSpeculator] = {}
 
-    def open(self, prompt_id: str, token_ids: Ints) -> None:
+    def open(self, prompt_id: str, token_ids: Ints, finished: Sequence[Ints]) -> None:
         """A prompt begins."""
-        self._models[prompt_id] = NGramSpeculator(self._order)
-        self._models[prompt_id].observe(token_ids.tolist())
+        model = self._models[prompt_id] = NGramSpeculator(self._order)
+        if self._learns_prompts:
+            model.observe(token_ids.tolist())
+        if self._learns_completions:
+            for text in finished:
+                model.observe(text.tolist())
 
     def close(self, prompt_id: str) -> None:
         """All completions of a prompt are done."""
@@ -145,7 +156,8 @@ class NGramReplay(_OneByOne):
     def finish(self, handle: int) -> None:
         """A completion ends: the n-grams learn from it."""
         prompt_id, start, text = self._texts.pop(handle)
-        self._models[prompt_id].observe(text[start:])
+        if self._learns_completions:
+            self._models[prompt_id].observe(text[start:])
 
     def _draft(self, handle: int, cap: int) -> Sequence[int]:
         prompt_id, _, text = self._texts[handle]
@@ -168,13 +180,17 @@ class ArcticReplay(_OneByOne):
             )
         except ImportError as error:
             raise ConfigError(
-                f"speculators arctic: {error} (pip install arctic-inference)"
+                f"--speculators arctic: {first_line(error)} (pip install arctic-inference)"
             ) from None
         self._depth = depth
-        self._cache = SuffixDecodingCache(depth, max_cached_requests)
+        self._cache: Any = SuffixDecodingCache(depth, max_cached_requests)
 
-    def open(self, prompt_id: str, token_ids: Ints) -> None:
-        """Nothing is kept per prompt."""
+    def open(self, prompt_id: str, token_ids: Ints, finished: Sequence[Ints]) -> None:
+        """Nothing is kept per prompt; what was drawn before goes into the tree of all."""
+        for text in finished:
+            handle = self.start(prompt_id, token_ids)
+            self._append(handle, text)
+            self.finish(handle)
 
     def close(self, prompt_id: str) -> None:
         """Nothing was kept per prompt."""
@@ -197,20 +213,57 @@ class ArcticReplay(_OneByOne):
     def _append(self, handle: int, tokens: Ints) -> None:
         self._cache.add_active_response(handle, tokens.astype(np.int32))
 
-
-def _memory(**options: Any) -> Callable[[float | None], ReplaySpeculator]:
-    def make(min_survival: float | None) -> ReplaySpeculator:
-        least = {} if min_survival is None else {"min_survival": min_survival}
-        return MemoryReplay(**options, **least)
-
-    return make
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the trees; the package has no public way to ask."""
+        trees = [self._cache._global_tree, *self._cache._local_trees.values()]
+        return sum(tree.estimate_memory() for tree in trees)
 
 
-SPECULATORS: dict[str, Callable[[float | None], ReplaySpeculator]] = {
+REGIMES = {"both": (True, True), "prompt": (True, False), "generations": (False, True)}
+"""Name -> whether a speculator learns from prompts, and from completions."""
+
+
+class Kind(NamedTuple):
+    """A speculator that can be asked for by name."""
+
+    make: Callable[[str, float], ReplaySpeculator]
+    """Of a regime and the least survival worth drafting."""
+    regimes: tuple[str, ...] = tuple(REGIMES)
+    has_min_survival: bool = False
+
+
+def _memory(**options: Any) -> Kind:
+    def make(regime: str, min_survival: float) -> ReplaySpeculator:
+        prompts, completions = REGIMES[regime]
+        return MemoryReplay(
+            learns_prompts=prompts,
+            learns_completions=completions,
+            min_survival=min_survival,
+            **options,
+        )
+
+    return Kind(make, has_min_survival=True)
+
+
+def _ngram(order: int) -> Kind:
+    def make(regime: str, _: float) -> ReplaySpeculator:
+        prompts, completions = REGIMES[regime]
+        return NGramReplay(order, learns_prompts=prompts, learns_completions=completions)
+
+    return Kind(make)
+
+
+SPECULATORS = {
     "memory": _memory(),
     "memory_private": _memory(shared=False),
-    "ngram": lambda _: NGramReplay(3),
-    "bigram": lambda _: NGramReplay(2),
-    "arctic": lambda _: ArcticReplay(),
+    "ngram": _ngram(3),
+    "bigram": _ngram(2),
+    "arctic": Kind(lambda *_: ArcticReplay(), regimes=("both",)),
 }
-"""Name -> how to make one, given the least survival worth drafting (None: its own default)."""
+
+
+def default_speculators() -> list[str]:
+    """What is compared unless asked otherwise: ArcticInference's too where it is installed."""
+    names = ["memory", "memory_private", "ngram"]
+    return [*names, "arctic"] if importlib.util.find_spec("arctic_inference") else names

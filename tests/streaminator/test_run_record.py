@@ -138,3 +138,11 @@ def test_recording_imports_neither_ray_nor_torch(tmp_path):
         "assert not {'ray', 'torch', 'wandb', 'duckdb'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_a_run_from_before_a_fingerprint_was_recorded_is_resumed(tmp_path):
+    start(tmp_path)
+    both = {"model": "f", "tokenizer": "t"}
+    assert open_run(str(tmp_path), "r", config(), fingerprints=both).attempt == 2
+    with pytest.raises(RunMismatchError, match="fingerprint of the model"):
+        open_run(str(tmp_path), "r", config(), fingerprints=both | {"model": "g"})
