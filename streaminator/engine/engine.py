@@ -35,7 +35,14 @@ from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.sampler import INVALID_TOKEN, noise_key, sample
 from streaminator.engine.scheduler import Scheduler
 from streaminator.engine.stopping import StopChecker
-from streaminator.sequence import Completion, FinishReason, Prompt, Sequence, StepStats
+from streaminator.sequence import (
+    Completion,
+    Distributions,
+    FinishReason,
+    Prompt,
+    Sequence,
+    StepStats,
+)
 from streaminator.speculative.speculator import Gain, Store
 from streaminator.speculative.store import SpeculatorStore
 from streaminator.speculative.verify import count_accepted
@@ -74,6 +81,8 @@ class Engine:
         length = max_prompt_length + sampling.max_length
         cache = runner.make_cache(engine, min(length, runner.max_model_len or length))
         self.store = _make_store(speculator, is_greedy=sampling.temperature == 0)
+        learned = self.store.num_top if speculator.spec_decoding else 0
+        self._num_top = speculator.num_top_tokens if speculator.store_distributions else learned
         self.scheduler = Scheduler(
             BlockManager(cache.num_blocks, cache.block_size),
             stream_width=engine.stream_width,
@@ -141,8 +150,11 @@ class Engine:
             reason, error = self._commit(sequence, drawn, drawn_logprobs)
             new = sequence.token_ids[before:]
             if new:
-                rows = slice(row, row + len(new))
-                gains.append(Gain(sequence, new, top_ids[rows], top_probs[rows]))
+                ids, probs = top_ids[row : row + len(new)], top_probs[row : row + len(new)]
+                if self._speculator_config.store_distributions:
+                    sequence.top.append((ids.astype(np.int32), probs.copy()))
+                num_top = self.store.num_top
+                gains.append(Gain(sequence, new, ids[:, :num_top], probs[:, :num_top]))
             if reason is not None:
                 ended.append((sequence, reason, error))
         if self._speculator_config.spec_decoding:
@@ -194,9 +206,9 @@ class Engine:
     def _sample(
         self, logits: torch.Tensor, batch: Batch
     ) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
-        num_top = self.store.num_top if self._speculator_config.spec_decoding else 0
+        keys, positions = batch.noise_keys, batch.noise_positions
         with torch.inference_mode():
-            drawn = sample(logits, batch.noise_keys, batch.noise_positions, self._sampling, num_top)
+            drawn = sample(logits, keys, positions, self._sampling, self._num_top)
             # One transfer; token ids are exact in float64.
             columns = [drawn.tokens[:, None], drawn.logprobs[:, None], drawn.top_ids]
             columns.append(drawn.top_probs)
@@ -263,6 +275,9 @@ class Engine:
             started_at=sequence.started_at,
             finished_at=time.time(),
             error=error,
+            distributions=_distributions(sequence, self._num_top)
+            if self._speculator_config.store_distributions
+            else None,
         )
 
     def _why_impossible(self, prompt: Prompt) -> str | None:
@@ -296,6 +311,16 @@ def _make_store(config: SpeculatorConfig, *, is_greedy: bool) -> Store:
 
         return MemoryStore(config, is_greedy=is_greedy)
     return SpeculatorStore(config)
+
+
+def _distributions(sequence: Sequence, num_top: int) -> Distributions:
+    nothing = np.zeros((0, num_top), np.int32), np.zeros((0, num_top), np.float32)
+    ids, probs = zip(*(sequence.top or [nothing]), strict=True)
+    return Distributions(
+        top_ids=np.concatenate(ids),
+        top_probs=np.concatenate(probs),
+        step_lengths=tuple(len(step) for step, _ in sequence.top),
+    )
 
 
 def _verify(
