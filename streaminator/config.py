@@ -180,6 +180,9 @@ class SpeculatorConfig:
     num_top_tokens: int = _option(
         8, "memory: the model's most likely tokens to learn from at each position; 0: none"
     )
+    store_distributions: bool = _option(
+        False, "write those tokens and their probabilities, with any speculator or without one"
+    )
     ngram_order: int = _option(3, "order of the n-gram speculator (2: bigram)")
     prompt_training: bool = _option(True, "train each speculator on its prompt")
     generation_training: bool = _option(True, "train each speculator on its own completions")
@@ -199,6 +202,11 @@ class SpeculatorConfig:
             self.num_top_tokens,
             "between 0 and 64",
         )
+        if self.store_distributions and not self.num_top_tokens:
+            raise ConfigError(
+                "--store_distributions with --num_top_tokens 0: there would be nothing to store; "
+                "give 1 or more"
+            )
         _require(self.ngram_order >= 1, "ngram_order", self.ngram_order, "1 or more")
         _require(
             self.speculator_memory >= 1, "speculator_memory", self.speculator_memory, "1 or more"

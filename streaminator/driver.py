@@ -28,7 +28,7 @@ from types import FrameType
 
 from streaminator.config import JobConfig
 from streaminator.data.files import clean_temp_files, hold
-from streaminator.data.parquet import completions_schema, read_finished
+from streaminator.data.parquet import completions_schema, read_distributions, read_finished
 from streaminator.data.prompts import load_prompts
 from streaminator.engine.checkpoint import check_model, load_tokenizer, model_fingerprint
 from streaminator.errors import ConfigError, StreaminatorError, Terminated
@@ -170,6 +170,11 @@ def _left_to_draw(prompts: list[Prompt], run: Run) -> list[Prompt]:
         if missing:
             texts = tuple(tuple(drawn[i]) for i in sorted(drawn))
             left.append(replace(prompt, sample_indices=missing, finished=texts))
+    kept = read_distributions(run.uri, {prompt.prompt_id for prompt in left if prompt.finished})
+    for index, prompt in enumerate(left):
+        if samples := kept.get(prompt.prompt_id):
+            top = tuple(samples.get(i) for i in sorted(finished[prompt.prompt_id]))
+            left[index] = replace(prompt, finished_distributions=top)
     return left
 
 

@@ -4,8 +4,11 @@
 Used by: everything. No torch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class FinishReason(StrEnum):
@@ -17,6 +20,24 @@ class FinishReason(StrEnum):
     """`max_length`, or the model's context is full."""
     FAILED = "failed"
     """It could not be drawn; `Completion.error` says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Distributions:
+    """What the model gave its most likely tokens wherever a completion's tokens were drawn."""
+
+    top_ids: NDArray[np.int32]
+    """[n, M] most likely first."""
+    top_probs: NDArray[np.float32]
+    """[n, M] at the sampling temperature (greedy: at 1), before top-k, top-p and min-p."""
+    step_lengths: tuple[int, ...]
+    """Tokens that each decoding step added; they sum to n."""
+
+    def likeliest(self, num_top: int) -> "Distributions":
+        """The same with at most `num_top` tokens per position."""
+        return replace(
+            self, top_ids=self.top_ids[:, :num_top], top_probs=self.top_probs[:, :num_top]
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +58,8 @@ class Prompt:
     """Completions to draw, in this order."""
     finished: tuple[tuple[int, ...], ...] = ()
     """Token ids of completions drawn before; the speculator learns from them."""
+    finished_distributions: tuple[Distributions | None, ...] = ()
+    """One per completion of `finished`, None where they were not kept; empty: none were."""
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +91,8 @@ class Sequence:
     """Per decoding step: tokens drafted."""
     accepted: list[int] = field(default_factory=list)
     """Per decoding step: drafted tokens accepted."""
+    top: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = field(default_factory=list)
+    """Per decoding step: ids and probabilities as in `Distributions`, where they are kept."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -112,6 +137,7 @@ class Completion:
     """Seconds since the epoch."""
     finished_at: float
     error: str | None = None
+    distributions: Distributions | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

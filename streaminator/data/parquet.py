@@ -4,21 +4,27 @@
 Invariants
 - A part file appears whole or not at all (`streaminator.data.files`).
 - A (prompt_id, sample_index) is in one part only; `read_finished` refuses anything else.
+- `top_ids` and `top_probs` are there in full for every token of a row, or null.
 - Rows leave the buffer only after their part is written. A failed or interrupted flush can be
   repeated: it writes the same part name again, so that no row is ever there twice.
 - Every column carries its description in the Parquet schema (field metadata `doc`).
 
-Used by: the workers (`PartWriter`), resuming (`read_finished`), `streaminator.summary`.
+Used by: the workers (`PartWriter`), resuming (`read_finished`, `read_distributions`),
+`streaminator.summary`.
 """
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
@@ -29,7 +35,7 @@ from streaminator.data.files import (
     write_whole,
 )
 from streaminator.errors import ConfigError, OutputError
-from streaminator.sequence import Completion, StepStats
+from streaminator.sequence import Completion, Distributions, StepStats
 
 if TYPE_CHECKING:
     from streaminator.grading import Grade
@@ -59,6 +65,16 @@ COMPLETIONS = _schema(
     ("num_accepted_tokens", pa.int32(), "drafted tokens accepted in all steps"),
     ("cumulative_logprob", pa.float64(), "sum of the log-probabilities of the tokens"),
     ("logprobs", pa.list_(pa.float32()), "per token: log-probability; null unless asked for"),
+    (
+        "top_ids",
+        pa.list_(pa.list_(pa.int32())),
+        "per token: the model's most likely tokens there; null unless asked for",
+    ),
+    (
+        "top_probs",
+        pa.list_(pa.list_(pa.float32())),
+        "per token: their probabilities at the sampling temperature, before top_k, top_p and min_p",
+    ),
     ("answer", pa.string(), "answer found in the text"),
     ("gold_answer", pa.string(), "reference answer"),
     ("is_correct", pa.bool_(), "whether they agree; null: not graded"),
@@ -127,7 +143,7 @@ def completion_row(
     logprobs: bool,
 ) -> dict[str, Any]:
     """The row of a completion; `logprobs` keeps the log-probability of every token."""
-    prompt = completion.prompt
+    prompt, distributions = completion.prompt, completion.distributions
     return {
         **prompt.metadata,
         "prompt_id": prompt.prompt_id,
@@ -147,6 +163,8 @@ def completion_row(
         "num_accepted_tokens": sum(completion.accepted),
         "cumulative_logprob": math.fsum(completion.logprobs) if completion.logprobs else None,
         "logprobs": completion.logprobs if logprobs else None,
+        "top_ids": distributions.top_ids.tolist() if distributions else None,
+        "top_probs": distributions.top_probs.tolist() if distributions else None,
         "answer": grade.answer,
         "gold_answer": grade.gold,
         "is_correct": grade.is_correct,
@@ -264,12 +282,63 @@ def read_finished(run: str) -> dict[str, dict[int, list[int]]]:
     return finished
 
 
+def read_distributions(
+    run: str, prompt_ids: AbstractSet[str]
+) -> dict[str, dict[int, Distributions]]:
+    """{prompt_id: {sample_index: distributions}} of the rows of these prompts that hold them.
+
+    Raises: OutputError for a part that cannot be read.
+    """
+    filesystem, path = resolve(run)
+    kept: dict[str, dict[int, Distributions]] = {}
+    for part in list_parts(filesystem, f"{path}/completions") if prompt_ids else []:
+        # Few parts hold a prompt that is not finished, and these columns are large.
+        if prompt_ids.isdisjoint(_read_columns(filesystem, part, ["prompt_id"])[0]):
+            continue
+        with _reading(part), filesystem.open_input_file(part) as file:
+            names = ["prompt_id", "sample_index", "num_completion_tokens", "accepted"]
+            names += ["top_ids", "top_probs"]
+            table = pq.ParquetFile(file).read(columns=names)
+            if "top_ids" not in table.column_names:  # older than this column
+                continue
+            is_wanted = pc.field("prompt_id").isin(list(prompt_ids))
+            table = table.filter(is_wanted & pc.field("top_ids").is_valid())
+            for columns in zip(*(table[name] for name in names), strict=True):
+                prompt_id, sample_index, num, accepted = (value.as_py() for value in columns[:4])
+                samples = kept.setdefault(prompt_id, {})
+                samples[sample_index] = _distributions(num, accepted, *columns[4:])
+    return kept
+
+
+def _distributions(
+    num: int, accepted: list[int], top_ids: pa.ListScalar, top_probs: pa.ListScalar
+) -> Distributions:
+    """Raises: ValueError where the columns do not fit together."""
+    # A step's last tokens may lie behind the completion's end.
+    ends = np.minimum(np.cumsum(np.array(accepted, np.int64) + 1), num)
+    lengths = np.diff(ends, prepend=0)
+    ids, probs = (
+        rows.values.flatten().to_numpy().reshape(num, -1 if num else 0)
+        for rows in (top_ids, top_probs)
+    )
+    if ids.shape != probs.shape or lengths.sum() != num:
+        raise ValueError("top_ids, top_probs and accepted do not fit together")
+    steps = tuple(lengths[lengths > 0].tolist())
+    return Distributions(top_ids=ids, top_probs=probs, step_lengths=steps)
+
+
 def _read_columns(filesystem: pafs.FileSystem, part: str, names: list[str]) -> list[list[Any]]:
-    try:
+    with _reading(part):
         with filesystem.open_input_file(part) as file:
             table = pq.ParquetFile(file).read(columns=names)
         return [table[name].to_pylist() for name in names]
-    except (OSError, pa.ArrowException, KeyError) as error:
+
+
+@contextmanager
+def _reading(part: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         if isinstance(error, OSError) and error.errno:
             raise OutputError(f"{part}: cannot be read: {reason(error)}") from error
         raise OutputError(

@@ -36,8 +36,15 @@ from streaminator.engine.sampler import INVALID_TOKEN, noise_key, sample
 from streaminator.engine.scheduler import Scheduler
 from streaminator.engine.step_costs import measure_step_costs
 from streaminator.engine.stopping import StopChecker
-from streaminator.sequence import Completion, FinishReason, Prompt, Sequence, StepStats
-from streaminator.speculative.draft_budget import DraftBudget, StepCosts
+from streaminator.sequence import (
+    Completion,
+    Distributions,
+    FinishReason,
+    Prompt,
+    Sequence,
+    StepStats,
+)
+from streaminator.speculative.draft_budget import DraftBudget, StepCosts, count_by_survival
 from streaminator.speculative.speculator import Gain, Store
 from streaminator.speculative.store import SpeculatorStore
 from streaminator.speculative.verify import count_accepted
@@ -78,14 +85,8 @@ class Engine:
         length = max_prompt_length + sampling.max_length
         cache = runner.make_cache(engine, min(length, runner.max_model_len or length))
         self.store = _make_store(speculator, is_greedy=sampling.temperature == 0)
-        self.scheduler = Scheduler(
-            BlockManager(cache.num_blocks, cache.block_size),
-            stream_width=engine.stream_width,
-            max_batched_tokens=engine.max_batched_tokens,
-            kv_cache=engine.kv_cache,
-            continuous_batching=engine.continuous_batching,
-            start=self._start,
-        )
+        learned = self.store.num_top if speculator.spec_decoding else 0
+        self._num_top = speculator.num_top_tokens if speculator.store_distributions else learned
         self._budget: DraftBudget | None = None
         if speculator.spec_decoding and speculator.speculator == "memory":
             self._budget = DraftBudget(
@@ -96,9 +97,17 @@ class Engine:
                     sampling,
                     stream_width=engine.stream_width,
                     max_draft=speculator.num_speculative_tokens,
-                    num_top=self.store.num_top,
+                    num_top=self._num_top,
                 )
             )
+        self.scheduler = Scheduler(
+            BlockManager(cache.num_blocks, cache.block_size),
+            stream_width=engine.stream_width,
+            max_batched_tokens=engine.max_batched_tokens,
+            kv_cache=engine.kv_cache,
+            continuous_batching=engine.continuous_batching,
+            start=self._start,
+        )
         self._cache = cache
         self._num_blocks = engine.num_blocks
         self._failed: list[Completion] = []
@@ -159,8 +168,11 @@ class Engine:
             reason, error = self._commit(sequence, drawn, drawn_logprobs)
             new = sequence.token_ids[before:]
             if new:
-                rows = slice(row, row + len(new))
-                gains.append(Gain(sequence, new, top_ids[rows], top_probs[rows]))
+                ids, probs = top_ids[row : row + len(new)], top_probs[row : row + len(new)]
+                if self._speculator_config.store_distributions:
+                    sequence.top.append((ids.astype(np.int32), probs.copy()))
+                num_top = self.store.num_top
+                gains.append(Gain(sequence, new, ids[:, :num_top], probs[:, :num_top]))
             if reason is not None:
                 ended.append((sequence, reason, error))
         if self._speculator_config.spec_decoding:
@@ -227,9 +239,9 @@ class Engine:
     def _sample(
         self, logits: torch.Tensor, batch: Batch
     ) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
-        num_top = self.store.num_top if self._speculator_config.spec_decoding else 0
+        keys, positions = batch.noise_keys, batch.noise_positions
         with torch.inference_mode():
-            drawn = sample(logits, batch.noise_keys, batch.noise_positions, self._sampling, num_top)
+            drawn = sample(logits, keys, positions, self._sampling, self._num_top)
             # One transfer; token ids are exact in float64.
             columns = [drawn.tokens[:, None], drawn.logprobs[:, None], drawn.top_ids]
             columns.append(drawn.top_probs)
@@ -296,6 +308,9 @@ class Engine:
             started_at=sequence.started_at,
             finished_at=time.time(),
             error=error,
+            distributions=_distributions(sequence, self._num_top)
+            if self._speculator_config.store_distributions
+            else None,
         )
 
     def _why_impossible(self, prompt: Prompt) -> str | None:
@@ -331,6 +346,16 @@ def _make_store(config: SpeculatorConfig, *, is_greedy: bool) -> Store:
     return SpeculatorStore(config)
 
 
+def _distributions(sequence: Sequence, num_top: int) -> Distributions:
+    nothing = np.zeros((0, num_top), np.int32), np.zeros((0, num_top), np.float32)
+    ids, probs = zip(*(sequence.top or [nothing]), strict=True)
+    return Distributions(
+        top_ids=np.concatenate(ids),
+        top_probs=np.concatenate(probs),
+        step_lengths=tuple(len(step) for step, _ in sequence.top),
+    )
+
+
 def _verify(
     sequences: list[Sequence], tokens: list[int], logprobs: list[float]
 ) -> list[tuple[Sequence, list[int], list[float], int]]:
@@ -357,16 +382,12 @@ class _Drafted(NamedTuple):
 def _count_by_survival(
     drafted: _Drafted | None, verdicts: list[tuple[Sequence, list[int], list[float], int]]
 ) -> np.ndarray:
-    """[2, 10] drafted and accepted tokens by tenths of the chance that they were given."""
-    if drafted is None or not drafted.survival.size:
+    if drafted is None:
         return np.zeros((2, 0), np.int64)
     num_accepted = {id(sequence): len(drawn) - 1 for sequence, drawn, _, _ in verdicts}
-    lengths = np.array([len(s.draft) for s in drafted.sequences])
-    accepted = np.array([num_accepted[id(s)] for s in drafted.sequences])
-    position = np.arange(drafted.survival.shape[1])
-    tenths = np.minimum((drafted.survival * 10).astype(np.int64), 9)
-    is_in = [position < ends[:, None] for ends in (lengths, accepted)]
-    return np.stack([np.bincount(tenths[mask], minlength=10) for mask in is_in])
+    lengths = [len(sequence.draft) for sequence in drafted.sequences]
+    accepted = [num_accepted[id(sequence)] for sequence in drafted.sequences]
+    return count_by_survival(drafted.survival, lengths, accepted)
 
 
 class _Clock:

@@ -41,9 +41,10 @@ class Drawn(NamedTuple):
     logprobs: torch.Tensor
     """[R] log-probability under the model at temperature 1 without filters."""
     top_ids: torch.Tensor
-    """[R, M] the most likely tokens; M is 0 at temperature 0."""
+    """[R, M] the most likely tokens."""
     top_probs: torch.Tensor
-    """[R, M] their probabilities at the sampling temperature, before filters; float32."""
+    """[R, M] their probabilities at the sampling temperature (at 1 where that is 0), before
+    filters; float32."""
 
 
 def noise_key(seed: int, prompt_id: str, sample_index: int) -> int:
@@ -83,7 +84,8 @@ def sample(
     log_total = logits.logsumexp(-1)
     if params.temperature == 0:
         tokens = logits.argmax(-1)
-        top_ids, top_probs = tokens[:, None][:, :0], logits[:, :0].float()
+        top_logits, top_ids = logits.topk(min(num_top, logits.shape[-1]))
+        top_probs = (top_logits - log_total[:, None]).exp().float()
     else:
         tokens, top_ids, top_probs = _draw(logits / params.temperature, keys, positions, params)
     logprobs = logits.gather(-1, tokens[:, None])[:, 0] - log_total

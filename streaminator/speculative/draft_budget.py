@@ -129,3 +129,20 @@ class DraftBudget:
         wants_all = best == len(survival)
         floor = 0.5 * (self.floor if wants_all else float(survival[max(best - 1, 0)]))
         self.floor = min(max(floor, _MIN_FLOOR), _MAX_FLOOR)
+
+
+def count_by_survival(
+    survival: NDArray[np.float32], lengths: Sequence[int], accepted: Sequence[int]
+) -> NDArray[np.int64]:
+    """[2, 10] verified and accepted tokens by tenths of the chance that they were given.
+
+    Args:
+        survival: [n, k] as drafted.
+        lengths: [n] how much of each chain was verified.
+        accepted: [n] how much of it was accepted.
+    """
+    tenths = np.minimum((survival * 10).astype(np.int64), 9)
+    position = np.arange(survival.shape[1])
+    ends = np.array([lengths, accepted], np.int64)
+    is_in = position < ends[:, :, None]
+    return np.stack([np.bincount(tenths[mask], minlength=10) for mask in is_in])

@@ -22,11 +22,13 @@ Used by: `memory_store` (the stream), `replay`.
 """
 
 from collections.abc import Sequence
+from itertools import chain, pairwise, repeat
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.sequence import Distributions
 from streaminator.speculative import memory_kernels as kernels
 from streaminator.speculative import memory_rates as rates
 from streaminator.speculative.arena import Arena
@@ -121,9 +123,16 @@ class Memory:
         return len(self._prompts)
 
     def open(
-        self, prompt_id: str, prompt_token_ids: Sequence[int], finished: Sequence[Sequence[int]]
+        self,
+        prompt_id: str,
+        prompt_token_ids: Sequence[int],
+        finished: Sequence[Sequence[int]],
+        distributions: Sequence[Distributions | None] = (),
     ) -> None:
-        """Begin a prompt: learn from its text and from completions drawn before."""
+        """Begin a prompt: learn from its text and from completions drawn before.
+
+        Where a completion's distributions are given, its counts become what `commit` made them.
+        """
         if prompt_id in self._prompts:
             raise ValueError(f"prompt {prompt_id!r} is open already")
         if not self._free_tables:
@@ -138,9 +147,9 @@ class Memory:
             self._observe(handle, prompt_token_ids, shared=False)
             self.finish(handle)
         if self._learns_completions:
-            for token_ids in finished:
+            for token_ids, top in zip(finished, chain(distributions, repeat(None)), strict=False):
                 handle = self._new_handle(prompt_id, self._starts[prompt_id], 0)
-                self._observe(handle, token_ids, shared=self._shared)
+                self._observe(handle, token_ids, shared=self._shared, top=top)
                 self.finish(handle)
 
     def close(self, prompt_id: str) -> None:
@@ -225,17 +234,31 @@ class Memory:
             self._learns_completions, self._shared and self._learns_completions, True,
         )  # fmt: skip
 
-    def _observe(self, handle: int, token_ids: Sequence[int], *, shared: bool) -> None:
+    def _observe(
+        self,
+        handle: int,
+        token_ids: Sequence[int],
+        *,
+        shared: bool,
+        top: Distributions | None = None,
+    ) -> None:
         """Count a text without judging drafts by it."""
         handles = np.array([handle])
         chunk = max(1, min(_CHUNK, self._max_rows // 64))
-        for first in range(0, len(token_ids), chunk):
-            tokens = np.array(token_ids[first : first + chunk], np.int64)
+        if top is None:
+            top_ids, top_probs = _no_distributions(len(token_ids))
+            ends = list(range(chunk, len(token_ids) + chunk, chunk))
+        else:
+            # In the steps it was drawn in: when tables grow decides what overflows are cut.
+            top_ids, top_probs = top.top_ids.astype(np.int64), top.top_probs.astype(np.float32)
+            ends = np.cumsum(top.step_lengths).tolist()
+        for first, end in pairwise([0, *ends]):
+            tokens = np.array(token_ids[first:end], np.int64)
             lengths = np.array([len(tokens)])
-            self._make_room(handles, lengths, 1.0)
+            self._make_room(handles, lengths, 1 + top_ids.shape[1] / 4)
             kernels.learn(
                 self._arena.rows, self._tables, self._running, self._tails, handles, tokens,
-                lengths, *_no_distributions(len(tokens)), self._mixing, self._hits,
+                lengths, top_ids[first:end], top_probs[first:end], self._mixing, self._hits,
                 self._noise_hits, self._predictions, True, shared, False,
             )  # fmt: skip
 

@@ -50,7 +50,12 @@ class MemoryStore:
         """Open the prompt if it is new, and begin the completion."""
         prompt = sequence.prompt
         if prompt.prompt_id not in self._open:
-            self._memory.open(prompt.prompt_id, prompt.token_ids, prompt.finished)
+            self._memory.open(
+                prompt.prompt_id,
+                prompt.token_ids,
+                prompt.finished,
+                [top and top.likeliest(self.num_top) for top in prompt.finished_distributions],
+            )
             self._open.add(prompt.prompt_id)
         self._handles[prompt.prompt_id] = self._memory.start(
             prompt.prompt_id, sequence.token_ids, sequence.noise_key

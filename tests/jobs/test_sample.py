@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 
 import duckdb
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.sample import main
 from streaminator.cli import main_program
+from streaminator.speculative.memory import Memory
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
@@ -91,6 +94,30 @@ def test_kill_9_anywhere_and_the_same_command_loses_and_changes_nothing(tmp_path
     assert draw(tmp_path) == undisturbed
 
 
+def test_a_resumed_run_learns_from_the_stored_distributions(tmp_path, undisturbed, monkeypatch):
+    columns = "prompt_id, sample_index, top_ids, top_probs"
+    draw(tmp_path, "--store_distributions")
+    stored = rows(tmp_path, columns)
+    [part] = tmp_path.glob("*/completions/*.parquet")
+    table = pq.read_table(part)
+    pq.write_table(table.filter(pc.field("sample_index") < 2), part)
+    opened = []
+    learn = Memory.open
+
+    def note(self, prompt_id, prompt_token_ids, finished, distributions=()):
+        opened.append([prompt_id, *(d.top_ids.tolist() for d in distributions)])
+        learn(self, prompt_id, prompt_token_ids, finished, distributions)
+
+    monkeypatch.setattr(Memory, "open", note)
+    assert draw(tmp_path) == undisturbed
+    resumed = [row for row in opened if row[0]]  # the warm-up's prompt has no name
+    done = [row[:3] for row in stored if row[1] < 2]
+    both = zip(done[::2], done[1::2], strict=True)
+    assert sorted(resumed) == [[name, first, second] for (name, _, first), (_, _, second) in both]
+    # This time the flag was off: the columns are there, and null.
+    assert rows(tmp_path, columns) == [(*r[:2], None, None) if r[1] == 2 else r for r in stored]
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_with_its_rows_written(tmp_path, undisturbed, sent, code):
     process = start(tmp_path)
@@ -124,6 +151,7 @@ def test_a_second_process_cannot_write_the_same_run(tmp_path, capsys):
         ["--num-speculative-tokens", "1"],
         ["--num_top_tokens", "0", "--no_shared_memory"],
         ["--no_prompt_training"],
+        ["--store_distributions"],
         ["--speculator", "ngram"],
         ["--speculator", "ngram", "--num_speculative_tokens=8", "--ngram_order", "4"],
         ["--speculator", "ngram", "--no_generation_training", "--ngram_order", "2"],
@@ -266,6 +294,7 @@ def run_main(capsys, *flags: str) -> tuple[int, str]:
         (["--device", "cuda:63"], ["cuda:63", "cpu"]),
         (["--device", "toaster"], ["toaster", "cpu"]),
         (["--no_prompt_training", "--no_generation_training"], ["--no_spec_decoding"]),
+        (["--store_distributions", "--num_top_tokens", "0"], ["--store_distributions"]),
         (["--address", "127.0.0.1:1"], ["--address", "--num_workers 0"]),
         (["--grader", "nowhere:f"], ["nowhere:f"]),
         (["--metadata_columns", "text"], ["--metadata_columns text"]),
