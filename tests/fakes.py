@@ -18,6 +18,7 @@ from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.scheduler import Scheduler
 from streaminator.sequence import Completion, Prompt
 from streaminator.sequence import Sequence as Flying
+from streaminator.speculative.draft_budget import StepCosts
 
 VOCAB_SIZE = 128
 CONTEXT = 1024
@@ -172,8 +173,9 @@ def make_engine(
     speculator: SpeculatorConfig | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     max_prompt_length: int = 320,
+    step_costs: StepCosts | None = None,
 ) -> Engine:
-    """A stream; the defaults are the product's."""
+    """A stream; the defaults are the product's, but for the speculator."""
     return Engine(
         runner,
         tokenizer,
@@ -181,6 +183,7 @@ def make_engine(
         engine=engine or EngineConfig(),
         speculator=speculator or SpeculatorConfig(speculator="ngram"),
         max_prompt_length=max_prompt_length,
+        step_costs=step_costs,
     )
 
 

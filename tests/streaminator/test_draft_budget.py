@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of the draft budget: it spends the forward's room where it pays, and only there."""
+
+import numpy as np
+import pytest
+
+from streaminator.config import EngineConfig, SpeculatorConfig
+from streaminator.engine.model_runner import ModelRunner
+from streaminator.engine.step_costs import measure_step_costs
+from streaminator.speculative.draft_budget import DraftBudget, StepCosts, count_by_survival
+from tests.fakes import FREE, PROMPTS, drain, make_engine, tokens
+
+# Nothing to 32 packed tokens, then in proportion: a machine that is memory-bound up to there.
+MACHINE = ([8, 32, 64, 512], [1.0, 1.0, 2.0, 16.0])
+MEMORY = SpeculatorConfig(speculator="memory")
+UNPAYABLE = StepCosts([1, 512], [1e-3, 1e3])
+
+
+def chains(*rows: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Survival [n, k] and the lengths of the chains."""
+    survival = np.zeros((len(rows), max(map(len, rows))), np.float32)
+    for line, row in zip(survival, rows, strict=True):
+        line[: len(row)] = row
+    return survival, np.array([len(row) for row in rows])
+
+
+def likely(num: int) -> list[float]:
+    return [0.8 ** (n + 1) for n in range(num)]
+
+
+def cut(width: int, num: int = 16) -> np.ndarray:
+    survival, lengths = chains(*[likely(num)] * width)
+    return DraftBudget(StepCosts(*MACHINE)).cut(survival, lengths, width, width)
+
+
+def test_one_slot_drafts_long_and_a_full_machine_does_not() -> None:
+    assert cut(1).tolist() == [16]
+    assert 0 < cut(16).sum() < 16 * 16
+    assert cut(256).sum() == 0
+
+
+def test_drafts_pay_again_where_they_are_nearly_sure() -> None:
+    budget = DraftBudget(StepCosts([8, 64, 512], [1.0, 1.2, 16.0]))
+    survival, lengths = chains(*[[0.99] * 4] * 64)
+    assert budget.cut(survival, lengths, 64, 64).sum() == 0
+    cheap = DraftBudget(StepCosts([8, 64, 512], [1.0, 1.2, 4.0]))
+    assert cheap.cut(survival, lengths, 64, 64).sum() == 64 * 4
+
+
+def test_all_slots_compete_and_the_likeliest_tokens_win() -> None:
+    survival, lengths = chains([0.9, 0.8, 0.1], [0.3], [0.7, 0.05])
+    budget = DraftBudget(StepCosts([3, 6, 7, 512], [1.0, 1.0, 9.0, 999.0]))
+    assert budget.cut(survival, lengths, 3, 3).tolist() == [2, 0, 1]
+
+
+def test_padding_is_filled_because_it_costs_nothing() -> None:
+    survival, lengths = chains([0.1] * 12)
+    budget = DraftBudget(StepCosts([8, 16], [1.0, 50.0], multiple=8))
+    assert budget.cut(survival, lengths, 1, 1).tolist() == [7]
+
+
+def test_free_steps_verify_everything() -> None:
+    survival, lengths = chains(likely(8), [], [0.01])
+    assert DraftBudget(StepCosts.free()).cut(survival, lengths, 3, 3).tolist() == [8, 0, 1]
+
+
+def test_what_steps_really_cost_is_learned() -> None:
+    budget = DraftBudget(StepCosts([8, 16, 32], [1.0, 1.0, 1.0]))
+    survival, lengths = chains(*[[0.3]] * 8)
+    assert budget.cut(survival, lengths, 8, 8).sum() == 8
+    for _ in range(200):
+        budget.observe(8, 0, 8, 1.0)
+        budget.observe(16, 0, 9, 2.0)
+    assert budget.cut(survival, lengths, 8, 8).sum() == 0
+
+
+def test_one_outlier_hardly_counts() -> None:
+    costs = StepCosts([8, 64], [1.0, 2.0])
+    costs.observe(64, 1000.0)
+    assert costs(np.array(64)) < 2.2
+
+
+def test_more_tokens_never_cost_less() -> None:
+    costs = StepCosts([8, 16, 32], [1.0, 3.0, 2.0])
+    assert (np.diff(costs(np.arange(1, 100))) >= 0).all()
+
+
+def test_what_is_drafted_follows_what_is_verified() -> None:
+    budget = DraftBudget(StepCosts.free())
+    survival, lengths = chains([0.8, 0.6])
+    for _ in range(20):
+        budget.cut(survival, lengths, 1, 1)
+    assert budget.floor < 0.05, "all of it paid: perhaps more would"
+    dear = DraftBudget(UNPAYABLE)
+    dear.cut(survival, lengths, 1, 1)
+    assert dear.floor == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_every_size_a_stream_may_need_is_measured(llama: ModelRunner, width: int) -> None:
+    cache = llama.make_cache(EngineConfig(num_blocks=2), 16)
+    costs = measure_step_costs(llama, cache, FREE, stream_width=width, max_draft=8, num_top=4)
+    assert costs.max_tokens >= width * 9
+    assert (costs(np.arange(1, width * 9)) > 0).all()
+
+
+def test_costs_decide_what_is_drafted_and_no_token(llama: ModelRunner) -> None:
+    free = make_engine(llama, sampling=FREE, speculator=MEMORY, step_costs=StepCosts.free())
+    dear = make_engine(llama, sampling=FREE, speculator=MEMORY, step_costs=UNPAYABLE)
+    many, none = drain(free, PROMPTS), drain(dear, PROMPTS)
+    assert tokens(many) == tokens(none)
+    assert sum(sum(completion.drafted) for completion in none.values()) == 0
+    assert sum(sum(completion.drafted) for completion in many.values()) > 0
+
+
+def test_drafts_are_counted_by_the_chance_they_were_given() -> None:
+    survival, _ = chains([0.95, 0.55, 0.2], [0.95], [1.0])
+    drafted, accepted = count_by_survival(survival, [2, 1, 1], [1, 0, 1])
+    assert drafted.tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 3]
+    assert accepted.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 2]
+
+
+def test_a_step_tells_its_drafts_by_their_chance(llama: ModelRunner) -> None:
+    engine = make_engine(llama, sampling=FREE, speculator=MEMORY, step_costs=StepCosts.free())
+    for prompt in PROMPTS:
+        engine.add(prompt)
+    num_drafted = 0
+    while engine.has_work:
+        engine.step()
+        stats = engine.last_step
+        assert stats is not None
+        assert sum(stats.num_draft_by_survival) == stats.num_draft_tokens
+        num_drafted += stats.num_draft_tokens
+    assert num_drafted > 0
