@@ -67,6 +67,14 @@ _PHASES_SQL = f"""
     SELECT {", ".join(f"sum(seconds_{p}) / nullif(sum({_STEP_SECONDS}), 0)" for p in PHASES)}
     FROM steps"""
 
+_CALIBRATION_SQL = """
+    SELECT tenth, sum(drafted), sum(accepted) FROM (
+        SELECT unnest(num_draft_by_survival) AS drafted,
+               unnest(num_accepted_by_survival) AS accepted,
+               generate_subscripts(num_draft_by_survival, 1) - 1 AS tenth
+        FROM steps)
+    GROUP BY tenth HAVING sum(drafted) > 0 ORDER BY tenth"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
@@ -76,6 +84,16 @@ class Generation:
     num_completions: int
     acceptance_rate: float | None
     tokens_per_step: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Drafted tokens whose stated chance of acceptance lay in one tenth."""
+
+    from_chance: float
+    """The tenth's lower end."""
+    num_drafted: int
+    num_accepted: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +122,8 @@ class Summary:
     """Accepted / drafted tokens."""
     tokens_per_step: float | None
     generations: list[Generation]
+    calibration: list[Calibration]
+    """Of the drafts whose chance of acceptance the speculator stated."""
     stream_utilization: float | None
     """Mean of running slots / stream width over all steps."""
     phase_shares: dict[str, float]
@@ -220,6 +240,10 @@ def _compute(connection: "DuckDBPyConnection", path: str, record: RunRecord | No
             )
             for index, count, acceptance, tokens_per_step in generations
         ],
+        calibration=[
+            Calibration(from_chance=tenth / 10, num_drafted=drafted, num_accepted=accepted)
+            for tenth, drafted, accepted in connection.execute(_CALIBRATION_SQL).fetchall()
+        ],
         stream_utilization=utilization,
         phase_shares={name: share for name, share in shares.items() if share is not None},
     )
@@ -271,6 +295,14 @@ def render(summary: Summary) -> str:
                 f"{_number(g.tokens_per_step, '.2f')} tokens per step",
             )
             for g in _shown(s.generations)
+        ),
+        *(
+            (
+                "accepted of drafts" if not i else "",
+                f"{c.num_accepted / c.num_drafted:.0%} of {c.num_drafted:,} given "
+                f"{c.from_chance:.0%} to {c.from_chance + 0.1:.0%}",
+            )
+            for i, c in enumerate(s.calibration)
         ),
         ("stream utilization", _number(s.stream_utilization, ".1%")),
         ("step time", ", ".join(f"{k} {v:.1%}" for k, v in s.phase_shares.items()) or "-"),

@@ -92,7 +92,8 @@ def test_a_row_has_exactly_the_columns_of_the_schema():
 
 
 def test_a_step_has_every_field_of_step_stats(tmp_path):
-    stats = StepStats(**{f.name: i for i, f in enumerate(fields(StepStats))})
+    values = {f.name: [i] if f.type == list[int] else i for i, f in enumerate(fields(StepStats))}
+    stats = StepStats(**values)
     row = step_row(stats, worker_id="w0", attempt_id=1, step=4)
     assert set(row) == set(STEPS.names)
     with make_writer(tmp_path, schema=STEPS) as writer:

@@ -109,6 +109,19 @@ def test_the_stream_and_its_phases(run):
     assert summary.phase_shares["forward"] == pytest.approx(0.75)
 
 
+def test_the_chances_given_to_drafts_are_compared_with_what_came(tmp_path):
+    start(tmp_path)
+    some = {"num_draft_by_survival": [0] * 7 + [4, 0, 10]}
+    some |= {"num_accepted_by_survival": [0] * 7 + [3, 0, 9]}
+    none = {"num_draft_by_survival": [], "num_accepted_by_survival": []}
+    write(tmp_path / "r" / "steps", STEPS, [step(1, 4, **some), step(2, 4, **none), step(3, 4)])
+    write(tmp_path / "r" / "steps", STEPS, [step(4, 4, **some)])
+    summary = summarise(tmp_path / "r")
+    rows = [(c.from_chance, c.num_drafted, c.num_accepted) for c in summary.calibration]
+    assert rows == [(0.7, 8, 6), (0.9, 20, 18)]
+    assert "75% of 8 given 70% to 80%" in render(summary)
+
+
 def test_attempts_have_their_own_width_and_the_time_between_them_does_not_count(tmp_path):
     start(tmp_path, stream_width=4)
     start(tmp_path, stream_width=8)
