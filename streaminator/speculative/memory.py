@@ -103,6 +103,10 @@ class Memory:
         self._free_handles = list(range(7, -1, -1))
         self._starts: dict[str, tuple[int, ...]] = {}
         self._mixing = np.zeros(rates.MIXING_SHAPE)
+        self._seen = np.zeros((8, rates.NUM_SEEN), np.int32)
+        self._recency = np.zeros(rates.RECENCY_SHAPE)
+        self._recency[:, 2] = 1
+        self._num_learned = np.zeros(1, np.int64)
         self._hits = np.zeros(rates.HITS_SHAPE)
         self._noise_hits = np.zeros((rates.NUM_MATCHES, len(self._strengths)))
         if noise:
@@ -129,6 +133,7 @@ class Memory:
         if not self._free_tables:
             size = len(self._tables)
             self._tables = np.concatenate([self._tables, np.zeros_like(self._tables)])
+            self._seen = np.concatenate([self._seen, np.zeros_like(self._seen)])
             self._free_tables = list(range(2 * size - 1, size - 1, -1))
         self._prompts[prompt_id] = self._free_tables.pop()
         self._starts[prompt_id] = tuple(prompt_token_ids[-MAX_ORDER:])
@@ -149,6 +154,7 @@ class Memory:
         del self._starts[prompt_id]
         self._drop(table)
         self._tables[table] = 0
+        self._seen[table] = 0
         self._free_tables.append(table)
 
     def start(self, prompt_id: str, token_ids: Sequence[int], noise_key: int) -> int:
@@ -183,7 +189,7 @@ class Memory:
         survival = np.zeros(tokens.shape, np.float32)
         kernels.draft(
             self._arena.rows, self._tables, self._running, self._tails, handles, caps,
-            self.min_survival, self._mixing, self._hits, self._strengths, self._noise_hits,
+            self.min_survival, self._mixing, self._seen, self._recency, self._hits, self._strengths, self._noise_hits,
             self._shared, self._predictions, tokens, survival,
         )  # fmt: skip
         drafted = survival > 0
@@ -221,7 +227,7 @@ class Memory:
             self._make_room(handles, lengths, 1 + top_ids.shape[1] / 4)
         kernels.learn(
             self._arena.rows, self._tables, self._running, self._tails, handles, tokens, lengths,
-            top_ids, top_probs, self._mixing, self._hits, self._noise_hits, self._predictions,
+            top_ids, top_probs, self._mixing, self._seen, self._recency, self._num_learned, self._hits, self._noise_hits, self._predictions,
             self._learns_completions, self._shared and self._learns_completions, True,
         )  # fmt: skip
 
@@ -235,7 +241,8 @@ class Memory:
             self._make_room(handles, lengths, 1.0)
             kernels.learn(
                 self._arena.rows, self._tables, self._running, self._tails, handles, tokens,
-                lengths, *_no_distributions(len(tokens)), self._mixing, self._hits,
+                lengths, *_no_distributions(len(tokens)), self._mixing, self._seen, self._recency,
+                self._num_learned, self._hits,
                 self._noise_hits, self._predictions, True, shared, False,
             )  # fmt: skip
 

@@ -41,6 +41,13 @@ NUM_BUCKETS = NUM_MATCHES * RUN_BINS * NUM_SHARES
 HITS_SHAPE = (NUM_BUCKETS + RUN_BINS * NUM_SHARES + NUM_SHARES, 2)
 """[bucket, (tried, hit)]: finest buckets, then by run and share, then by share."""
 
+NUM_SEEN = 4096
+"""Per prompt: where a token stood last, by its id modulo this."""
+NUM_AGES = 14
+RECENCY_SHAPE = (NUM_AGES, 3)
+"""[log2 of tokens since it stood there, (log of its factor, squared gradients, factor)]"""
+_RATE = 0.1
+
 _MEMORY = 4096.0  # observations after which a learned rate halves its past
 
 _NOISE_ROW, _NOISE_TOKEN = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
@@ -147,6 +154,31 @@ def learn_mixing(
         reach *= 1 - taken
         if reach < 1e-3:
             break
+
+
+@jit
+def age_of(seen: Rows, clock: int, token: int) -> int:
+    """Bin of how long ago a token stood in its prompt's text; the last: long ago or never."""
+    last = np.int64(seen[token & (NUM_SEEN - 1)])
+    return log_bin(clock + 1 - last, NUM_AGES) if last > 0 else NUM_AGES - 1
+
+
+@jit
+def learn_recency(
+    tokens: Ints, masses: Floats, ages: Ints, size: int, rest: float, token: int, recency: Floats
+) -> None:
+    """One step up the gradient of the log-likelihood (AdaGrad, Duchi 2011)."""
+    total = rest
+    for index in range(size):
+        total += masses[index]
+    gradient = np.zeros(NUM_AGES)
+    for index in range(size):
+        gradient[ages[index]] += (tokens[index] == token) - masses[index] / total
+    for age in range(NUM_AGES):
+        if gradient[age] != 0.0:
+            recency[age, 1] += gradient[age] ** 2
+            recency[age, 0] += _RATE * gradient[age] / math.sqrt(1 + recency[age, 1])
+            recency[age, 2] = math.exp(recency[age, 0])
 
 
 @jit
