@@ -43,12 +43,12 @@ from streaminator.speculative.memory_rates import (
     age_of,
     gumbel,
     hit_rate,
+    kind_of,
     learn_hits,
     learn_mixing,
     learn_recency,
     log_bin,
     part_of,
-    take,
 )
 from streaminator.speculative.memory_tables import (
     CLOCK,
@@ -67,12 +67,14 @@ from streaminator.speculative.memory_tables import (
     find_all,
     hash_contexts,
     jit,
-    weight_of,
+    total_of,
 )
 
 _MAX_CANDIDATES = 64
 _ENOUGH = 0.01  # of the mass may stay unexplained: what is left cannot change the draft
-_HOPELESS = 0.01
+_HOPELESS = 0.01  # of the best candidate's mass: the noise would have to be rare
+_LEAST = 0.002  # mass that makes a candidate
+_MOST_CONTEXTS = (6, 4)  # of each tier; more hardly change the mixture
 _LONG = 7  # place of the shortest own match that spares the shared table
 _EAGER, _SELDOM = 8192, 4  # parts are fitted to the first tokens, then to every fourth
 
@@ -100,7 +102,7 @@ def _mix_tier(
     Returns: the number of candidates, the mass left, whether that matters, the longest match's
     place and count.
     """
-    longest, count = NUM_CONTEXTS, 0
+    longest, count, num_used = NUM_CONTEXTS, 0, 0
     if table[NUM_SLOTS] == 0:
         return size, rest, True, longest, count
     for place in range(first, NUM_CONTEXTS):
@@ -109,11 +111,11 @@ def _mix_tier(
         row = find(rows, table, keys[place])
         if row < 0:
             continue
-        total = np.int64(rows[row, 1])
+        total, distinct = total_of(rows, row)
         if longest == NUM_CONTEXTS and not GAPPED <= place <= GAPPED + 1:
-            longest, count = place, (total + SCALE - 1) // SCALE
-        _, distinct = weight_of(rows, table, row, EMPTY - 1)
-        part = part_of(take(mixing, tier, place, total, distinct))
+            longest, count = place, total // SCALE
+        num_used += 1
+        part = part_of(mixing, tier, place, kind_of(total, distinct))
         scale = rest * part / total
         at, column, num = row, 2, 2
         while at >= 0:
@@ -121,23 +123,26 @@ def _mix_tier(
                 token = np.int64(rows[at, column + 2 * index])
                 if token == EMPTY:
                     break
+                mass = scale * rows[at, column + 2 * index + 1]
                 slot = 0
                 while slot < size and tokens[slot] != token:
                     slot += 1
                 if slot == size:
-                    if size == _MAX_CANDIDATES:
+                    if size == _MAX_CANDIDATES or mass < _LEAST:
                         continue
                     size += 1
                     tokens[slot] = token
                     masses[slot] = 0.0
                     ages[slot] = age_of(seen, clock, token)
-                masses[slot] += scale * rows[at, column + 2 * index + 1] * recency[ages[slot], 2]
+                masses[slot] += mass * recency[ages[slot], 2]
             at = np.int64(rows[at, 6])
             at = at + table[START] if at >= 0 else at
             column, num = 0, 3
         rest *= 1 - part
-        if rest < _ENOUGH:
-            return size, rest, False, longest, count
+        if rest < _ENOUGH or num_used == _MOST_CONTEXTS[tier]:
+            return size, rest, rest >= _ENOUGH, longest, count
+        if rest > 0.5:
+            continue
         top = second = 0.0
         for slot in range(size):
             if masses[slot] > top:
@@ -176,7 +181,6 @@ def _choose(
     best[:] = -np.inf
     second = -np.inf
     for index in range(size):
-        # Others would need rare noise: not worth three logarithms.
         if masses[index] < _HOPELESS * masses[top]:
             continue
         score = math.log(masses[index])

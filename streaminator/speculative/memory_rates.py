@@ -22,6 +22,7 @@ from streaminator.speculative.memory_tables import (
     Rows,
     jit,
     mix64,
+    total_of,
     weight_of,
 )
 
@@ -87,16 +88,16 @@ def _decay(pair: Floats) -> None:
 
 
 @jit
-def take(mixing: Floats, tier: int, place: int, total: int, distinct: int) -> Floats:
-    """(reached, taken) of the contexts that are like this one."""
-    count = log_bin((total + SCALE - 1) // SCALE, _COUNT_BINS)
-    return mixing[tier, place, count, log_bin(distinct, _DISTINCT_BINS)]
+def kind_of(total: int, distinct: int) -> tuple[int, int]:
+    """Bins of contexts that are treated alike."""
+    return log_bin(total // SCALE, _COUNT_BINS), log_bin(distinct, _DISTINCT_BINS)
 
 
 @jit
-def part_of(pair: Floats) -> float:
+def part_of(mixing: Floats, tier: int, place: int, kind: tuple[int, int]) -> float:
     """Part of the mass that such a context takes."""
-    return (pair[1] + 1.0) / (pair[0] + 2.0)
+    reached, taken = mixing[tier, place, kind[0], kind[1]]
+    return (taken + 1.0) / (reached + 2.0)
 
 
 @jit
@@ -121,33 +122,31 @@ def learn_mixing(
     mixing: Floats,
 ) -> None:
     """One step of expectation-maximisation of the parts that the contexts take."""
-    pairs = np.empty((2 * NUM_CONTEXTS, 4), np.int64)
+    places = np.empty((2 * NUM_CONTEXTS, 4), np.int64)
     shares = np.empty(2 * NUM_CONTEXTS, np.float64)
+    parts = np.empty(2 * NUM_CONTEXTS, np.float64)
     size = 0
     for tier in range(num_tiers):
-        table = tables[tier]
         for place in range(NUM_CONTEXTS):
             row = found[tier, place]
             if row < 0:
                 continue
-            total = np.int64(rows[row, 1])
-            weight, distinct = weight_of(rows, table, row, token)
-            pairs[size, 0], pairs[size, 1] = tier, place
-            pairs[size, 2], pairs[size, 3] = total, distinct
-            shares[size] = weight / total
+            total, distinct = total_of(rows, row)
+            kind = kind_of(total, distinct)
+            places[size, 0], places[size, 1] = tier, place
+            places[size, 2], places[size, 3] = kind
+            shares[size] = weight_of(rows, tables[tier], row, token) / total
+            parts[size] = part_of(mixing, tier, place, kind)
             size += 1
     # Probability of the token from each source down; what none of them knew has a little.
     below = np.empty(size + 1, np.float64)
     below[size] = 1e-5
     for index in range(size - 1, -1, -1):
-        tier, place, total, distinct = pairs[index]
-        part = part_of(take(mixing, tier, place, total, distinct))
-        below[index] = part * shares[index] + (1 - part) * below[index + 1]
+        below[index] = parts[index] * shares[index] + (1 - parts[index]) * below[index + 1]
     reach = 1.0
     for index in range(size):
-        tier, place, total, distinct = pairs[index]
-        pair = take(mixing, tier, place, total, distinct)
-        taken = part_of(pair) * shares[index] / below[index]
+        taken = parts[index] * shares[index] / below[index]
+        pair = mixing[places[index, 0], places[index, 1], places[index, 2], places[index, 3]]
         pair[0] += reach
         pair[1] += reach * taken
         _decay(pair)

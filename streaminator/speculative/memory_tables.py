@@ -9,7 +9,8 @@ of contexts, the second holds overflow rows.
     context row    check, total, token, weight, token, weight, first overflow row, last touched
     overflow row   token, weight, token, weight, token, weight, next overflow row, -
 
-Weights are fixed-point (SCALE is one observation): sums do not depend on their order. Row numbers
+Weights are fixed-point (SCALE is one observation): sums do not depend on their order. A total is
+a whole number of SCALEs; its low bits hold how many different continuations there are. Row numbers
 inside a table count from its start, so a table can be moved.
 
 Used by: `memory_kernels`, `memory`.
@@ -149,20 +150,26 @@ def find_all(rows: Rows, table: Ints, keys: NDArray, first: int, found: Ints) ->
 
 
 @jit
-def weight_of(rows: Rows, table: Ints, row: int, token: int) -> tuple[int, int]:
-    """Weight of a continuation (0: not there) and how many different ones there are."""
-    at, first, num, count, weight = row, 2, 2, 0, 0
+def total_of(rows: Rows, row: int) -> tuple[int, int]:
+    """Weight of a context and how many different continuations it has."""
+    packed = np.int64(rows[row, 1])
+    return packed & -SCALE, packed & (SCALE - 1)
+
+
+@jit
+def weight_of(rows: Rows, table: Ints, row: int, token: int) -> int:
+    """Weight of a continuation, 0 if it is not there."""
+    at, first, num = row, 2, 2
     while True:
         for index in range(num):
             there = rows[at, first + 2 * index]
-            if there == EMPTY:
-                return weight, count
-            count += 1
             if there == token:
-                weight = np.int64(rows[at, first + 2 * index + 1])
+                return np.int64(rows[at, first + 2 * index + 1])
+            if there == EMPTY:
+                return 0
         at = np.int64(rows[at, 6])
         if at < 0:
-            return weight, count
+            return 0
         at += table[START]
         first, num = 0, 3
 
@@ -175,9 +182,12 @@ def add(rows: Rows, table: Ints, row: int, token: int, weight: int) -> None:
     while True:
         for index in range(num):
             column = first + 2 * index
-            if rows[at, column] == token or rows[at, column] == EMPTY:
-                rows[at, column] = token
+            if rows[at, column] == token:
                 rows[at, column + 1] += weight
+                return
+            if rows[at, column] == EMPTY:
+                rows[at, column], rows[at, column + 1] = token, weight
+                rows[row, 1] += 1
                 return
             # Among equals the first, so that the newest is not the one to go.
             if rows[at, column + 1] < least:
@@ -195,6 +205,7 @@ def add(rows: Rows, table: Ints, row: int, token: int, weight: int) -> None:
         rows[at, 0], rows[at, 2], rows[at, 4] = token, EMPTY, EMPTY
         rows[at, 1], rows[at, 3], rows[at, 5] = weight, 0, 0
         rows[at, 6] = -1
+        rows[row, 1] += 1
     elif weight >= min(least, SCALE):
         rows[least_at, least_column], rows[least_at, least_column + 1] = token, weight
 
@@ -240,8 +251,7 @@ def count_token(
             rows[row, 3], rows[row, 5] = 0, 0
             rows[row, 6] = -1
         elif not is_gapped:
-            weight, _ = weight_of(rows, table, row, token)
-            if weight * 2 >= SCALE:
+            if weight_of(rows, table, row, token) * 2 >= SCALE:
                 num_knew += 1
                 knew = min(knew, place)
         rows[row, 1] += SCALE
@@ -277,7 +287,7 @@ def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
         while at >= 0:
             free = new[NUM_SLOTS] + new[USED_OVERFLOW]
             if free == new[NUM_ROWS]:
-                rows[target, 6] = -1
+                rows[target, 6] = -1  # its number of continuations stays as it was: near enough
                 break
             new[USED_OVERFLOW] += 1
             rows[target, 6] = free
