@@ -73,8 +73,7 @@ from streaminator.speculative.memory_tables import (
 _MAX_CANDIDATES = 64
 _ENOUGH = 0.01  # of the mass may stay unexplained: what is left cannot change the draft
 _HOPELESS = 0.01  # of the best candidate's mass: the noise would have to be rare
-_LEAST = 0.002  # mass that makes a candidate
-_MOST_CONTEXTS = (6, 4)  # of each tier; more hardly change the mixture
+_LEAST = 0.001  # mass that makes a candidate
 _LONG = 7  # place of the shortest own match that spares the shared table
 _EAGER, _SELDOM = 8192, 4  # parts are fitted to the first tokens, then to every fourth
 
@@ -102,7 +101,7 @@ def _mix_tier(
     Returns: the number of candidates, the mass left, whether that matters, the longest match's
     place and count.
     """
-    longest, count, num_used = NUM_CONTEXTS, 0, 0
+    longest, count = NUM_CONTEXTS, 0
     if table[NUM_SLOTS] == 0:
         return size, rest, True, longest, count
     for place in range(first, NUM_CONTEXTS):
@@ -114,7 +113,6 @@ def _mix_tier(
         total, distinct = total_of(rows, row)
         if longest == NUM_CONTEXTS and not GAPPED <= place <= GAPPED + 1:
             longest, count = place, total // SCALE
-        num_used += 1
         part = part_of(mixing, tier, place, kind_of(total, distinct))
         scale = rest * part / total
         at, column, num = row, 2, 2
@@ -139,8 +137,8 @@ def _mix_tier(
             at = at + table[START] if at >= 0 else at
             column, num = 0, 3
         rest *= 1 - part
-        if rest < _ENOUGH or num_used == _MOST_CONTEXTS[tier]:
-            return size, rest, rest >= _ENOUGH, longest, count
+        if rest < _ENOUGH:
+            return size, rest, False, longest, count
         if rest > 0.5:
             continue
         top = second = 0.0
@@ -239,6 +237,7 @@ def draft(
     picks = np.zeros(len(strengths), np.int64)
     best = np.empty(len(strengths), np.float64)
     text = np.empty(MAX_ORDER + out_tokens.shape[1], np.int64)
+    restore = np.empty(out_tokens.shape[1], np.int32)
     for n in range(len(handles)):
         handle = handles[n]
         state = running[handle]
@@ -287,6 +286,9 @@ def draft(
             bucket += np.searchsorted(SHARE_EDGES, share)
             survival *= hit_rate(hits, bucket)
             text[end] = tokens[pick]
+            # For the rest of the chain it has been said.
+            restore[step] = own_seen[tokens[pick] & (NUM_SEEN - 1)]
+            own_seen[tokens[pick] & (NUM_SEEN - 1)] = clock + 1
             predictions[handle, step, 0] = tokens[pick]
             predictions[handle, step, 1] = bucket
             for j in range(len(strengths)):
@@ -297,6 +299,8 @@ def draft(
                 break
             out_tokens[n, step] = tokens[pick]
             out_survival[n, step] = survival
+        for step in range(state[PREDICTED] - 1, -1, -1):
+            own_seen[text[MAX_ORDER + step] & (NUM_SEEN - 1)] = restore[step]
 
 
 @jit
