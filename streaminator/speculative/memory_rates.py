@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # In compiled code the integers of Python and numpy are one.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
-"""What the memory learns about itself: mixing parts, hit rates, the strength of the noise.
+"""What the memory learns about itself: mixing parts, recency, hit rates, the noise's strength.
 
 Mixing parts are fitted online by expectation-maximisation (interpolation weights as in Jelinek and
-Mercer 1980, tied by bucket). Hit rates are counted per bucket of what was known when a token was
-drafted, backed off to coarser buckets: what a mixture says of itself is overconfident.
+Mercer 1980, tied by bucket). The factor of a candidate by how long ago it stood in its prompt's
+text climbs the gradient of the log-likelihood. Hit rates are counted per bucket of what was known
+when a token was drafted, backed off to coarser buckets: what a mixture says of itself is
+overconfident.
 
 Used by: `memory_kernels`, `memory`.
 """

@@ -250,10 +250,9 @@ def count_token(
             rows[row, 2], rows[row, 4] = EMPTY, EMPTY
             rows[row, 3], rows[row, 5] = 0, 0
             rows[row, 6] = -1
-        elif not is_gapped:
-            if weight_of(rows, table, row, token) * 2 >= SCALE:
-                num_knew += 1
-                knew = min(knew, place)
+        elif not is_gapped and weight_of(rows, table, row, token) * 2 >= SCALE:
+            num_knew += 1
+            knew = min(knew, place)
         rows[row, 1] += SCALE
         rows[row, 7] = table[CLOCK]
         left = SCALE
