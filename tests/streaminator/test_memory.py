@@ -69,7 +69,7 @@ def test_of_what_other_prompts_said_what_was_named_here_is_preferred():
         name = 10 + n * 7 % 5
         memory.open(str(n), [name, 1], ())
         handle = memory.start(str(n), [name, 1], 0)
-        commit(memory, handle, [2, 3])
+        commit(memory, handle, [2, 3, 4, 5])
         hits += n >= 40 and draft(memory, handle, 1)[0] == [name]
         commit(memory, handle, [name])
         memory.finish(handle)
