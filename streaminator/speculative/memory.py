@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory of everything a worker's prompts have said, and drafts from it.
 
-Each open prompt has a table of the contexts in its prompt and completions (up to 12 tokens), all
+Each open prompt has a table of the contexts in its prompt and completions (up to 16 tokens), all
 prompts together have one more (up to 4 tokens). Drafts are chains. See `memory_kernels` for how
 orders are mixed, how long a draft gets and what the sampler's noise is for.
 
@@ -14,9 +14,10 @@ Invariants
 - Work is linear in tokens drafted and tokens committed. Growing a table costs its size, which
   doubles: constant per token.
 
-A token that is new in all its contexts costs 11 rows of 32 bytes in its prompt's table and 6 in the
-shared one; tables are between 0.4 and 0.8 full: 440 to 880 bytes and 240 to 480. A token already
-known in its contexts costs nothing.
+A token that is new in all its contexts costs 10 rows of 32 bytes in its prompt's table and 6 in the
+shared one; tables are between 0.4 and 0.8 full: 400 to 800 bytes and 240 to 480. A token already
+known in its contexts costs nothing. Beside the tables an open prompt holds 16 KiB: where which token
+stood last.
 
 Used by: `memory_store` (the stream), `replay`.
 """
@@ -105,6 +106,10 @@ class Memory:
         self._free_handles = list(range(7, -1, -1))
         self._starts: dict[str, tuple[int, ...]] = {}
         self._mixing = np.zeros(rates.MIXING_SHAPE)
+        self._seen = np.zeros((8, rates.NUM_SEEN), np.int32)
+        self._recency = np.zeros(rates.RECENCY_SHAPE)
+        self._recency[:, 2] = 1
+        self._num_learned = np.zeros(1, np.int64)
         self._hits = np.zeros(rates.HITS_SHAPE)
         self._noise_hits = np.zeros((rates.NUM_MATCHES, len(self._strengths)))
         if noise:
@@ -138,6 +143,7 @@ class Memory:
         if not self._free_tables:
             size = len(self._tables)
             self._tables = np.concatenate([self._tables, np.zeros_like(self._tables)])
+            self._seen = np.concatenate([self._seen, np.zeros_like(self._seen)])
             self._free_tables = list(range(2 * size - 1, size - 1, -1))
         self._prompts[prompt_id] = self._free_tables.pop()
         self._starts[prompt_id] = tuple(prompt_token_ids[-MAX_ORDER:])
@@ -158,6 +164,7 @@ class Memory:
         del self._starts[prompt_id]
         self._drop(table)
         self._tables[table] = 0
+        self._seen[table] = 0
         self._free_tables.append(table)
 
     def start(self, prompt_id: str, token_ids: Sequence[int], noise_key: int) -> int:
@@ -192,7 +199,7 @@ class Memory:
         survival = np.zeros(tokens.shape, np.float32)
         kernels.draft(
             self._arena.rows, self._tables, self._running, self._tails, handles, caps,
-            self.min_survival, self._mixing, self._hits, self._strengths, self._noise_hits,
+            self.min_survival, self._mixing, self._seen, self._recency, self._hits, self._strengths, self._noise_hits,
             self._shared, self._predictions, tokens, survival,
         )  # fmt: skip
         drafted = survival > 0
@@ -230,7 +237,7 @@ class Memory:
             self._make_room(handles, lengths, 1 + top_ids.shape[1] / 4)
         kernels.learn(
             self._arena.rows, self._tables, self._running, self._tails, handles, tokens, lengths,
-            top_ids, top_probs, self._mixing, self._hits, self._noise_hits, self._predictions,
+            top_ids, top_probs, self._mixing, self._seen, self._recency, self._num_learned, self._hits, self._noise_hits, self._predictions,
             self._learns_completions, self._shared and self._learns_completions, True,
         )  # fmt: skip
 
@@ -258,7 +265,8 @@ class Memory:
             self._make_room(handles, lengths, 1 + top_ids.shape[1] / 4)
             kernels.learn(
                 self._arena.rows, self._tables, self._running, self._tails, handles, tokens,
-                lengths, top_ids[first:end], top_probs[first:end], self._mixing, self._hits,
+                lengths, top_ids[first:end], top_probs[first:end], self._mixing, self._seen,
+                self._recency, self._num_learned, self._hits,
                 self._noise_hits, self._predictions, True, shared, False,
             )  # fmt: skip
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # In compiled code the integers of Python and numpy are one.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
-"""What the memory learns about itself: mixing parts, hit rates, the strength of the noise.
+"""What the memory learns about itself: mixing parts, recency, hit rates, the noise's strength.
 
 Mixing parts are fitted online by expectation-maximisation (interpolation weights as in Jelinek and
-Mercer 1980, tied by bucket). Hit rates are counted per bucket of what was known when a token was
-drafted, backed off to coarser buckets: what a mixture says of itself is overconfident.
+Mercer 1980, tied by bucket). The factor of a candidate by how long ago it stood in its prompt's
+text climbs the gradient of the log-likelihood. Hit rates are counted per bucket of what was known
+when a token was drafted, backed off to coarser buckets: what a mixture says of itself is
+overconfident.
 
 Used by: `memory_kernels`, `memory`.
 """
@@ -22,6 +24,7 @@ from streaminator.speculative.memory_tables import (
     Rows,
     jit,
     mix64,
+    total_of,
     weight_of,
 )
 
@@ -40,6 +43,13 @@ NUM_MATCHES = (NUM_CONTEXTS + 1) * MATCH_BINS
 NUM_BUCKETS = NUM_MATCHES * RUN_BINS * NUM_SHARES
 HITS_SHAPE = (NUM_BUCKETS + RUN_BINS * NUM_SHARES + NUM_SHARES, 2)
 """[bucket, (tried, hit)]: finest buckets, then by run and share, then by share."""
+
+NUM_SEEN = 4096
+"""Per prompt: where a token stood last, by its id modulo this."""
+NUM_AGES = 14
+RECENCY_SHAPE = (NUM_AGES, 3)
+"""[log2 of tokens since it stood there, (log of its factor, squared gradients, factor)]"""
+_RATE = 0.1
 
 _MEMORY = 4096.0  # observations after which a learned rate halves its past
 
@@ -80,16 +90,16 @@ def _decay(pair: Floats) -> None:
 
 
 @jit
-def take(mixing: Floats, tier: int, place: int, total: int, distinct: int) -> Floats:
-    """(reached, taken) of the contexts that are like this one."""
-    count = log_bin((total + SCALE - 1) // SCALE, _COUNT_BINS)
-    return mixing[tier, place, count, log_bin(distinct, _DISTINCT_BINS)]
+def kind_of(total: int, distinct: int) -> tuple[int, int]:
+    """Bins of contexts that are treated alike."""
+    return log_bin(total // SCALE, _COUNT_BINS), log_bin(distinct, _DISTINCT_BINS)
 
 
 @jit
-def part_of(pair: Floats) -> float:
+def part_of(mixing: Floats, tier: int, place: int, kind: tuple[int, int]) -> float:
     """Part of the mass that such a context takes."""
-    return (pair[1] + 1.0) / (pair[0] + 2.0)
+    reached, taken = mixing[tier, place, kind[0], kind[1]]
+    return (taken + 1.0) / (reached + 2.0)
 
 
 @jit
@@ -114,39 +124,62 @@ def learn_mixing(
     mixing: Floats,
 ) -> None:
     """One step of expectation-maximisation of the parts that the contexts take."""
-    pairs = np.empty((2 * NUM_CONTEXTS, 4), np.int64)
+    places = np.empty((2 * NUM_CONTEXTS, 4), np.int64)
     shares = np.empty(2 * NUM_CONTEXTS, np.float64)
+    parts = np.empty(2 * NUM_CONTEXTS, np.float64)
     size = 0
     for tier in range(num_tiers):
-        table = tables[tier]
         for place in range(NUM_CONTEXTS):
             row = found[tier, place]
             if row < 0:
                 continue
-            total = np.int64(rows[row, 1])
-            weight, distinct = weight_of(rows, table, row, token)
-            pairs[size, 0], pairs[size, 1] = tier, place
-            pairs[size, 2], pairs[size, 3] = total, distinct
-            shares[size] = weight / total
+            total, distinct = total_of(rows, row)
+            kind = kind_of(total, distinct)
+            places[size, 0], places[size, 1] = tier, place
+            places[size, 2], places[size, 3] = kind
+            shares[size] = weight_of(rows, tables[tier], row, token) / total
+            parts[size] = part_of(mixing, tier, place, kind)
             size += 1
     # Probability of the token from each source down; what none of them knew has a little.
     below = np.empty(size + 1, np.float64)
     below[size] = 1e-5
     for index in range(size - 1, -1, -1):
-        tier, place, total, distinct = pairs[index]
-        part = part_of(take(mixing, tier, place, total, distinct))
-        below[index] = part * shares[index] + (1 - part) * below[index + 1]
+        below[index] = parts[index] * shares[index] + (1 - parts[index]) * below[index + 1]
     reach = 1.0
     for index in range(size):
-        tier, place, total, distinct = pairs[index]
-        pair = take(mixing, tier, place, total, distinct)
-        taken = part_of(pair) * shares[index] / below[index]
+        taken = parts[index] * shares[index] / below[index]
+        pair = mixing[places[index, 0], places[index, 1], places[index, 2], places[index, 3]]
         pair[0] += reach
         pair[1] += reach * taken
         _decay(pair)
         reach *= 1 - taken
         if reach < 1e-3:
             break
+
+
+@jit
+def age_of(seen: Rows, clock: int, token: int) -> int:
+    """Bin of how long ago a token stood in its prompt's text; the last: long ago or never."""
+    last = np.int64(seen[token & (NUM_SEEN - 1)])
+    return log_bin(clock + 1 - last, NUM_AGES) if last > 0 else NUM_AGES - 1
+
+
+@jit
+def learn_recency(
+    tokens: Ints, masses: Floats, ages: Ints, size: int, rest: float, token: int, recency: Floats
+) -> None:
+    """One step up the gradient of the log-likelihood (AdaGrad, Duchi 2011)."""
+    total = rest
+    for index in range(size):
+        total += masses[index]
+    gradient = np.zeros(NUM_AGES)
+    for index in range(size):
+        gradient[ages[index]] += (tokens[index] == token) - masses[index] / total
+    for age in range(NUM_AGES):
+        if gradient[age] != 0.0:
+            recency[age, 1] += gradient[age] ** 2
+            recency[age, 0] += _RATE * gradient[age] / math.sqrt(1 + recency[age, 1])
+            recency[age, 2] = math.exp(recency[age, 0])
 
 
 @jit

@@ -9,7 +9,8 @@ of contexts, the second holds overflow rows.
     context row    check, total, token, weight, token, weight, first overflow row, last touched
     overflow row   token, weight, token, weight, token, weight, next overflow row, -
 
-Weights are fixed-point (SCALE is one observation): sums do not depend on their order. Row numbers
+Weights are fixed-point (SCALE is one observation): sums do not depend on their order. A total is
+a whole number of SCALEs; its low bits hold how many different continuations there are. Row numbers
 inside a table count from its start, so a table can be moved.
 
 Used by: `memory_kernels`, `memory`.
@@ -22,19 +23,21 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_ORDER = 12
-NUM_CONTEXTS = 11
-"""Before each token, most telling first: the last 12, 10, 8, 6, 5, 4 tokens, two with a gap (tokens
+MAX_ORDER = 16
+NUM_CONTEXTS = 10
+"""Before each token, most telling first: the last 16, 10, 7, 5, 4 tokens, two with a gap (tokens
 1, 3, 4 and 2, 3, 4 from the end: what survives where one number differs), the last 3, 2, 1."""
-FIRST_SHARED = 5
+FIRST_SHARED = 4
 """Contexts from here on are kept across prompts; longer ones gain nothing there."""
 NUM_SHARED_CONTEXTS = NUM_CONTEXTS - FIRST_SHARED
-_PLACE = np.array([-1, 10, 9, 8, 5, 4, 3, -1, 2, -1, 1, -1, 0])
+_PLACE = np.full(MAX_ORDER + 1, -1)
+_PLACE[[1, 2, 3, 4, 5, 7, 10, 16]] = [9, 8, 7, 4, 3, 2, 1, 0]
 """Place of the last n tokens among the contexts."""
-GAPPED = 6
+GAPPED = 5
 """First of the two with a gap."""
-_EXCLUDED_AFTER = 2
 SCALE = 1024
+_LEAST = 10
+"""Of SCALE: less of a distribution is not stored."""
 MAX_OVERFLOW = 5
 """Overflow rows per context: 2 + 5 * 3 = 17 continuations; the least makes room for a new one."""
 EMPTY = -1
@@ -74,20 +77,21 @@ def mix64(x: int) -> int:
 def hash_contexts(text: Ints, end: int, known: int, keys: NDArray) -> None:
     """Keys of the contexts before `text[end]`, `known` tokens of which are there; 0: no such."""
     keys[:] = 0
-    key = _STEP
+    key = _ONE
     for n in range(1, known + 1):
         key = _extend(key, text[end - n])
         if _PLACE[n] >= 0:
             keys[_PLACE[n]] = _digest(key)
     if known >= 4:
         key = _extend(_extend(_ONE, text[end - 4]), text[end - 3])
-        keys[GAPPED] = _digest(_extend(key, text[end - 1]))
-        keys[GAPPED + 1] = _digest(_extend(~key, text[end - 2]))
+        keys[GAPPED] = _digest(_extend(key, text[end - 1]) ^ _STEP)
+        keys[GAPPED + 1] = _digest(~_extend(key, text[end - 2]))
 
 
 @jit
 def _extend(key: int, token: int) -> int:
-    return mix64(key + (np.uint64(token) + _ONE) * _STEP)
+    # A polynomial: one multiplication per token. It is mixed where it is used.
+    return (key + np.uint64(token) + _ONE) * _STEP
 
 
 @jit
@@ -96,7 +100,7 @@ def _digest(key: int) -> int:
 
     Of a million contexts one look-up in 4000 errs, which can only spoil a draft. 0: empty.
     """
-    return max(key >> _SHIFT32, _ONE)
+    return max(mix64(key) >> _SHIFT32, _ONE)
 
 
 @jit
@@ -146,20 +150,26 @@ def find_all(rows: Rows, table: Ints, keys: NDArray, first: int, found: Ints) ->
 
 
 @jit
-def weight_of(rows: Rows, table: Ints, row: int, token: int) -> tuple[int, int]:
-    """Weight of a continuation (0: not there) and how many different ones there are."""
-    at, first, num, count, weight = row, 2, 2, 0, 0
+def total_of(rows: Rows, row: int) -> tuple[int, int]:
+    """Weight of a context and how many different continuations it has."""
+    packed = np.int64(rows[row, 1])
+    return packed & -SCALE, packed & (SCALE - 1)
+
+
+@jit
+def weight_of(rows: Rows, table: Ints, row: int, token: int) -> int:
+    """Weight of a continuation, 0 if it is not there."""
+    at, first, num = row, 2, 2
     while True:
         for index in range(num):
             there = rows[at, first + 2 * index]
-            if there == EMPTY:
-                return weight, count
-            count += 1
             if there == token:
-                weight = np.int64(rows[at, first + 2 * index + 1])
+                return np.int64(rows[at, first + 2 * index + 1])
+            if there == EMPTY:
+                return 0
         at = np.int64(rows[at, 6])
         if at < 0:
-            return weight, count
+            return 0
         at += table[START]
         first, num = 0, 3
 
@@ -172,9 +182,12 @@ def add(rows: Rows, table: Ints, row: int, token: int, weight: int) -> None:
     while True:
         for index in range(num):
             column = first + 2 * index
-            if rows[at, column] == token or rows[at, column] == EMPTY:
-                rows[at, column] = token
+            if rows[at, column] == token:
                 rows[at, column + 1] += weight
+                return
+            if rows[at, column] == EMPTY:
+                rows[at, column], rows[at, column + 1] = token, weight
+                rows[row, 1] += 1
                 return
             # Among equals the first, so that the newest is not the one to go.
             if rows[at, column + 1] < least:
@@ -192,6 +205,7 @@ def add(rows: Rows, table: Ints, row: int, token: int, weight: int) -> None:
         rows[at, 0], rows[at, 2], rows[at, 4] = token, EMPTY, EMPTY
         rows[at, 1], rows[at, 3], rows[at, 5] = weight, 0, 0
         rows[at, 6] = -1
+        rows[row, 1] += 1
     elif weight >= min(least, SCALE):
         rows[least_at, least_column], rows[least_at, least_column + 1] = token, weight
 
@@ -202,53 +216,55 @@ def count_token(
     table: Ints,
     keys: NDArray,
     first: int,
-    found: Ints,
+    excluded_after: int,
     token: int,
     top_ids: Ints,
     top_probs: NDArray[np.float32],
-) -> None:
+) -> int:
     """Count a token, or the distribution it was drawn from, in the contexts from `first` on.
 
-    `found` are their rows, as `find_all` gives them.
+    Longest first; once `excluded_after` contexts knew the token the shorter ones are left alone
+    (update exclusion, Moffat 1990): they are asked when longer ones fail, and should not repeat
+    them.
 
-    Longest first; once two contexts knew the token the shorter ones are left alone (update
-    exclusion, Moffat 1990): they are asked when longer ones fail, and should not repeat them.
+    Returns: the place of the longest that knew it.
     """
     table[CLOCK] += 1
     is_listed = False
     for j in range(len(top_ids)):
         is_listed |= top_ids[j] == token
-    num_knew = 0
+    num_knew, knew = 0, NUM_CONTEXTS
     for place in range(first, NUM_CONTEXTS):
         is_gapped = GAPPED <= place <= GAPPED + 1
-        if keys[place] == 0 or (num_knew >= _EXCLUDED_AFTER and not is_gapped):
+        if keys[place] == 0 or (num_knew >= excluded_after and not is_gapped):
             continue
-        row = found[place]
+        row = find(rows, table, keys[place])
         if row < 0:
             # Look-ups end at an empty slot: some must stay, whatever was asked for.
             if table[USED_SLOTS] * 10 >= table[NUM_SLOTS] * 9:
                 continue
-            row = -1 - find(rows, table, keys[place])
+            row = -1 - row
             table[USED_SLOTS] += 1
             rows[row, 0] = np.int32(keys[place])
             rows[row, 1] = 0
             rows[row, 2], rows[row, 4] = EMPTY, EMPTY
             rows[row, 3], rows[row, 5] = 0, 0
             rows[row, 6] = -1
-        elif not is_gapped:
-            weight, _ = weight_of(rows, table, row, token)
-            num_knew += weight * 2 >= SCALE
+        elif not is_gapped and weight_of(rows, table, row, token) * 2 >= SCALE:
+            num_knew += 1
+            knew = min(knew, place)
         rows[row, 1] += SCALE
         rows[row, 7] = table[CLOCK]
         left = SCALE
         for j in range(len(top_ids)):
             mass = min(left, np.int64(top_probs[j] * SCALE + 0.5))
-            if mass > 0:
+            if mass >= _LEAST:
                 add(rows, table, row, top_ids[j], mass)
                 left -= mass
         # A token drawn from outside the stored candidates stands for the mass they leave.
         if not is_listed and left > 0:
             add(rows, table, row, token, left)
+    return knew
 
 
 @jit
@@ -270,7 +286,7 @@ def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
         while at >= 0:
             free = new[NUM_SLOTS] + new[USED_OVERFLOW]
             if free == new[NUM_ROWS]:
-                rows[target, 6] = -1
+                rows[target, 6] = -1  # its number of continuations stays as it was: near enough
                 break
             new[USED_OVERFLOW] += 1
             rows[target, 6] = free

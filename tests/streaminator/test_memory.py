@@ -62,6 +62,34 @@ def test_prompts_share_short_contexts_only_where_asked():
         assert draft(memory, handle, 1)[0] == ([7] if shared else [])
 
 
+def test_of_what_other_prompts_said_what_was_named_here_is_preferred():
+    memory = Memory(max_bytes=SMALL, min_survival=0)
+    hits = 0
+    for n in range(60):
+        name = 10 + n * 7 % 5
+        memory.open(str(n), [name, 1], ())
+        handle = memory.start(str(n), [name, 1], 0)
+        commit(memory, handle, [2, 3, 4, 5])
+        hits += n >= 40 and draft(memory, handle, 1)[0] == [name]
+        commit(memory, handle, [name])
+        memory.finish(handle)
+        memory.close(str(n))
+    assert hits >= 18  # of 20; by frequency 4
+
+
+def test_drafting_leaves_no_trace():
+    answers = []
+    for num_drafts in (0, 5):
+        memory = Memory(max_bytes=SMALL, min_survival=0)
+        memory.open("a", [1, 2], [text(5, 60, 8)])
+        handle = memory.start("a", [1, 2], 0)
+        commit(memory, handle, text(6, 20, 8))
+        for _ in range(num_drafts):
+            draft(memory, handle, 8)
+        answers.append(draft(memory, handle, 8)[0])
+    assert answers[0] == answers[1]
+
+
 def test_close_gives_memory_back():
     memory = Memory(max_bytes=4 * SMALL, shared=False)
     for n in range(5):
