@@ -175,7 +175,7 @@ def make_engine(
     max_prompt_length: int = 320,
     step_costs: StepCosts | None = None,
 ) -> Engine:
-    """A stream; the defaults are the product's, but for the speculator."""
+    """A stream that drafts whatever its speculator proposes, unless `step_costs` says otherwise."""
     return Engine(
         runner,
         tokenizer,
@@ -183,7 +183,7 @@ def make_engine(
         engine=engine or EngineConfig(),
         speculator=speculator or SpeculatorConfig(speculator="ngram"),
         max_prompt_length=max_prompt_length,
-        step_costs=step_costs,
+        step_costs=step_costs or StepCosts.free(),
     )
 
 
