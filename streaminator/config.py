@@ -183,6 +183,7 @@ class SpeculatorConfig:
     store_distributions: bool = _option(
         False, "write those tokens and their probabilities, with any speculator or without one"
     )
+    draft_noise: bool = _option(True, "memory: draft with the sampler's own noise")
     ngram_order: int = _option(3, "order of the n-gram speculator (2: bigram)")
     prompt_training: bool = _option(True, "train each speculator on its prompt")
     generation_training: bool = _option(True, "train each speculator on its own completions")

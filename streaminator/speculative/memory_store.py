@@ -33,7 +33,7 @@ class MemoryStore:
         self._memory = Memory(
             max_bytes=config.speculator_memory << 20,
             shared=config.shared_memory,
-            noise=self.num_top > 0,
+            noise=config.draft_noise and not is_greedy,
             learns_prompts=config.prompt_training,
             learns_completions=config.generation_training,
         )
