@@ -17,9 +17,9 @@ from jobs.word_problems import split
 from streaminator.cli import main_program
 from tests.jobs.test_benchmark import make_inputs
 
-NUM_PROMPTS, NUM_COMPLETIONS = 12, 2
+NUM_PROMPTS, NUM_COMPLETIONS = 8, 2
 SMALL = ["--num_samples", str(NUM_PROMPTS), "--num_completions", str(NUM_COMPLETIONS)]
-SMALL += ["--num_speculative_tokens", "4", "--max_length", "40", "--device", "cpu"]
+SMALL += ["--num_speculative_tokens", "4", "--max_length", "32", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_a_study_leaves_a_table_a_figure_counts_and_a_record(study: Path) -> Non
         assert all(cells)
         assert cells[:NUM_COMPLETIONS] == [f"{rate:.3f}" for rate in rates["by_generation"]]
     assert list(load(study)["variants"]) == list(VARIANTS)
-    assert "differ between the variants: 0 of 24." in lines[-1]
+    assert "differ between the variants: 0 of 16." in lines[-1]
 
 
 def test_a_record_names_no_place_of_this_machine(study: Path) -> None:
@@ -93,11 +93,6 @@ def test_trained_on_generations_acceptance_climbs_on_the_prompt_alone_it_does_no
     memory = variants["memory"]["by_generation"]
     assert memory[0] < memory[-1]
     assert variants["memory, warm start"]["by_generation"][0] > memory[0] + 0.1
-
-
-def test_a_memory_that_knows_the_prompt_drafts_at_nearly_every_step(study: Path) -> None:
-    variants = load(study)["variants"]
-    assert variants["memory, warm start"]["drafting"] > 0.95
 
 
 def test_each_part_of_the_memory_can_be_taken_away(study: Path) -> None:
