@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory of everything a worker's prompts have said, and drafts from it.
 
-Each open prompt has a table of the contexts in its prompt and completions (up to 16 tokens), all
+Each open prompt has a table of the contexts in its prompt and completions (up to 12 tokens), all
 prompts together have one more (up to 4 tokens). Drafts are chains. See `memory_kernels` for how
 orders are mixed, how long a draft gets and what the sampler's noise is for.
 
@@ -14,8 +14,8 @@ Invariants
 - Work is linear in tokens drafted and tokens committed. Growing a table costs its size, which
   doubles: constant per token.
 
-A token that is new in all its contexts costs 10 rows of 32 bytes in its prompt's table and 6 in the
-shared one; tables are between 0.4 and 0.8 full: 400 to 800 bytes and 240 to 480. A token already
+A token that is new in all its contexts costs 11 rows of 32 bytes in its prompt's table and 6 in the
+shared one; tables are between 0.4 and 0.8 full: 440 to 880 bytes and 240 to 480. A token already
 known in its contexts costs nothing. Beside the tables an open prompt holds 16 KiB: where which token
 stood last.
 

@@ -74,7 +74,7 @@ _MAX_CANDIDATES = 64
 _ENOUGH = 0.01  # of the mass may stay unexplained: what is left cannot change the draft
 _HOPELESS = 0.01  # of the best candidate's mass: the noise would have to be rare
 _LEAST = 0.001  # mass that makes a candidate
-_LONG = 7  # place of the shortest own match that spares the shared table
+_LONG = 8  # place of the shortest own match that spares the shared table
 _EAGER, _SELDOM = 8192, 4  # parts are fitted to the first tokens, then to every fourth
 
 
@@ -359,22 +359,26 @@ def learn(
                 if use_shared:
                     find_all(rows, shared, keys, FIRST_SHARED, found[1])
                 learn_mixing(rows, (own, shared), num_tiers, found, text[end], mixing)
-                size, rest, _, _, _ = _mix_tier(
-                    rows, own, 0, keys, 0, mixing, own_seen, own[CLOCK], recency, tokens,
-                    masses, ages, 0, 1.0, np.inf,
-                )  # fmt: skip
-                if use_shared and rest >= _ENOUGH:
+                # Where distributions are stored the factors lost (DECISIONS 0017).
+                if noise_hits.shape[1] == 1:
                     size, rest, _, _, _ = _mix_tier(
-                        rows, shared, 1, keys, FIRST_SHARED, mixing, own_seen, own[CLOCK], recency,
-                        tokens, masses, ages, size, rest, np.inf,
+                        rows, own, 0, keys, 0, mixing, own_seen, own[CLOCK], recency, tokens,
+                        masses, ages, 0, 1.0, np.inf,
                     )  # fmt: skip
-                learn_recency(tokens, masses, ages, size, rest, text[end], recency)
+                    if use_shared and rest >= _ENOUGH:
+                        size, rest, _, _, _ = _mix_tier(
+                            rows, shared, 1, keys, FIRST_SHARED, mixing, own_seen, own[CLOCK], recency,
+                            tokens, masses, ages, size, rest, np.inf,
+                        )  # fmt: skip
+                    learn_recency(tokens, masses, ages, size, rest, text[end], recency)
+            # A distribution says something new each time: twice as many contexts are told.
+            excluded_after = 1 if len(ids) == 0 else 2
             knew = NUM_CONTEXTS
             if own_tier and own[NUM_SLOTS] > 0:
-                knew = count_token(rows, own, keys, 0, 1, text[end], ids, probs)
+                knew = count_token(rows, own, keys, 0, excluded_after, text[end], ids, probs)
                 own_seen[text[end] & (NUM_SEEN - 1)] = own[CLOCK]
             # What a long match of its own prompt foretells, the others need not be told again.
-            if use_shared and knew > _LONG:
+            if use_shared and (knew > _LONG or len(ids) > 0):
                 count_token(rows, shared, keys, FIRST_SHARED, 2, text[end], ids, probs)
         tails[handle] = text[num : num + MAX_ORDER]
         state[KNOWN] = min(state[KNOWN] + num, MAX_ORDER)

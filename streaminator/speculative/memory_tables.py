@@ -23,17 +23,17 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_ORDER = 16
-NUM_CONTEXTS = 10
-"""Before each token, most telling first: the last 16, 10, 7, 5, 4 tokens, two with a gap (tokens
+MAX_ORDER = 12
+NUM_CONTEXTS = 11
+"""Before each token, most telling first: the last 12, 10, 8, 6, 5, 4 tokens, two with a gap (tokens
 1, 3, 4 and 2, 3, 4 from the end: what survives where one number differs), the last 3, 2, 1."""
-FIRST_SHARED = 4
+FIRST_SHARED = 5
 """Contexts from here on are kept across prompts; longer ones gain nothing there."""
 NUM_SHARED_CONTEXTS = NUM_CONTEXTS - FIRST_SHARED
 _PLACE = np.full(MAX_ORDER + 1, -1)
-_PLACE[[1, 2, 3, 4, 5, 7, 10, 16]] = [9, 8, 7, 4, 3, 2, 1, 0]
+_PLACE[[1, 2, 3, 4, 5, 6, 8, 10, 12]] = [10, 9, 8, 5, 4, 3, 2, 1, 0]
 """Place of the last n tokens among the contexts."""
-GAPPED = 5
+GAPPED = 6
 """First of the two with a gap."""
 SCALE = 1024
 _LEAST = 10
