@@ -229,7 +229,7 @@ class RayPool:
         if self._loaded or now < self._quiet_until:
             return
         self._quiet_until = now + _MESSAGE_SECONDS
-        sys.stderr.write(f"waiting for a worker: {self._describe()}\n")
+        sys.stderr.write(f"no worker has loaded yet: {self._describe()}\n")
 
 
 def _get(reference: Any, timeout: float | None = None) -> Any:

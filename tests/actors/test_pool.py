@@ -70,15 +70,19 @@ def at(output: Path, **cluster: float) -> JobConfig:
 
 
 class DisturbedPool(RayPool):
-    """Lets `disturb(pool)` act after each report; cannot kill workers that are `out_of_reach`."""
+    """Lets `disturb(pool)` act after each report; the `frozen` worker wakes up when it is killed."""
 
     disturb = staticmethod(lambda pool: None)
-    out_of_reach = ()
+    frozen = None
+    """(actor, process id)"""
 
     def kill(self, worker):
-        if self._workers[worker] in self.out_of_reach:
-            self._workers[worker] = None
+        is_frozen = self.frozen is not None and self._workers[worker] == self.frozen[0]
+        if is_frozen:
+            self._workers[worker] = None  # as on a machine that cannot be reached
         super().kill(worker)
+        if is_frozen:
+            os.kill(self.frozen[1], signal.SIGCONT)
 
     def next_event(self, timeout):
         event = super().next_event(timeout)
@@ -134,28 +138,18 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(cluster, tmp_path, undi
 
 
 def test_a_frozen_worker_that_wakes_up_again_adds_nothing(cluster, tmp_path, undisturbed):
-    """Ray is kept from killing it, as on a machine that cannot be reached."""
-    frozen: list[int] = []
-    actors: list = []
+    """It wakes up when its prompts are given to others, ends its slice and writes its part."""
+    pools = []
 
-    def disturb(pool):
-        if not frozen:
-            frozen.append(pool.pids[0])
-            actors.append(pool._workers[0])
-            pool.out_of_reach = actors
-            os.kill(frozen[0], signal.SIGSTOP)
-        elif len(frozen) == 1 and pool.pids.get(0, frozen[0]) != frozen[0]:
-            os.kill(frozen[0], signal.SIGCONT)  # it goes on with its slice and writes a part
-            frozen.append(0)
+    def freeze(pool):
+        pools.append(pool)
+        pool.frozen = pool._workers[0], pool.pids[0]
+        os.kill(pool.pids[0], signal.SIGSTOP)
 
-    try:
-        summary = draw(at(tmp_path, worker_timeout=5), disturb)
-    finally:
-        os.kill(frozen[0], signal.SIGCONT)
-        ray.kill(actors[0])
+    summary = draw(at(tmp_path, worker_timeout=5), once(freeze))
+    ray.kill(pools[0].frozen[0])
     check(tmp_path, undisturbed)
     assert summary.events["worker hung"] >= 1
-    assert len(frozen) == 2, "it never woke up"
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
