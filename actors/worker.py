@@ -6,6 +6,7 @@ A plain class: `ray.remote(num_gpus=...)(SamplerWorker)` at the call site makes 
 Used by: `actors.pool`.
 """
 
+import os
 from collections.abc import Sequence
 
 import ray
@@ -26,10 +27,10 @@ class SamplerWorker:
         self._num_threads = num_threads
 
     @ray.method
-    def load(self) -> str:
-        """Load the model; returns the device's name. Raises: InputError."""
+    def load(self) -> tuple[str, int]:
+        """Load the model; returns the device's name and the process id. Raises: InputError."""
         self._session = Session(self._config, num_threads=self._num_threads)
-        return self._session.device_name
+        return self._session.device_name, os.getpid()
 
     @ray.method
     def open(self, run: OpenRun) -> None:
@@ -42,13 +43,18 @@ class SamplerWorker:
         )
 
     @ray.method
-    def work(self, prompts: Sequence[Prompt], min_open_prompts: int) -> WorkResult:
+    def work(
+        self, prompts: Sequence[Prompt], min_open_prompts: int, num_to_release: int
+    ) -> WorkResult:
         """Take in prompts and run the stream for a slice of time."""
         return self._session.work(
-            prompts, min_open_prompts=min_open_prompts, max_seconds=SLICE_SECONDS
+            prompts,
+            min_open_prompts=min_open_prompts,
+            num_to_release=num_to_release,
+            max_seconds=SLICE_SECONDS,
         )
 
     @ray.method
-    def close(self) -> None:
+    def close(self) -> WorkResult:
         """Write out what is finished."""
-        self._session.close()
+        return self._session.close()

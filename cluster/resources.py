@@ -4,10 +4,12 @@
 Used by: `jobs.sample`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import ray
 
+from streaminator.config import ClusterConfig
 from streaminator.errors import ConfigError
 
 
@@ -18,6 +20,13 @@ class Placement:
     num_workers: int
     num_cpus: float
     num_gpus: float
+    resources: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def demand(self) -> dict[str, float]:
+        """What one worker needs of one node, by Ray's names."""
+        demand = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
+        return {name: amount for name, amount in demand.items() if amount}
 
 
 def cluster_has_gpus() -> bool:
@@ -25,33 +34,97 @@ def cluster_has_gpus() -> bool:
     return ray.cluster_resources().get("GPU", 0) > 0
 
 
-def plan_workers(num_workers: int | None, *, use_gpu: bool) -> Placement:
-    """One worker per GPU, or on CPUs one that takes all cores of the largest node.
+def plan_workers(config: ClusterConfig, *, use_gpu: bool, can_grow: bool = False) -> Placement:
+    """One worker per GPU (or share of one), or on CPUs one that takes all cores of a node.
 
     Args:
-        num_workers: number asked for, or None.
+        config: what was asked for.
         use_gpu: whether workers run on GPUs.
+        can_grow: more workers may be asked for than there is room for now; they join later.
 
     Raises: ConfigError when the cluster is too small, saying what it has.
     """
-    resources = ray.cluster_resources()
-    num_cpus, num_gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    if use_gpu:
-        wanted = num_workers or num_gpus
-        if wanted > num_gpus or not num_gpus:
-            raise ConfigError(
-                f"--device cuda with {wanted or 'any'} workers: the cluster has {num_gpus} GPUs; "
-                "ask for at most as many workers, or --device cpu"
-            )
-        return Placement(num_workers=wanted, num_cpus=1, num_gpus=1)
-    wanted = num_workers or 1
-    if wanted > num_cpus:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    resources = dict(_amount(text) for text in config.worker_resources)
+    num_gpus = _gpus_per_worker(config.gpus_per_worker, use_gpu=use_gpu)
+    num_cpus = config.cpus_per_worker
+    if num_cpus is None:
+        num_cpus = 1.0 if use_gpu else _fair_cores(nodes, resources, config.num_workers or 1)
+    placement = Placement(
+        num_workers=config.num_workers or 1,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        resources=resources,
+    )
+    num_places = sum(_num_fitting(node, placement.demand) for node in nodes)
+    if not num_places or (num_places < placement.num_workers and not can_grow):
+        asked = f"{config.num_workers or 'any'} workers with {_listed(placement.demand)} each"
         raise ConfigError(
-            f"--num_workers {wanted}: the cluster has {num_cpus} CPU cores; ask for fewer"
+            f"--num_workers: {asked}: the cluster has room for {num_places} "
+            f"({_listed(ray.cluster_resources())}); ask for fewer or smaller workers"
         )
-    nodes = [int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"]]
-    # A worker's cores are on one node, and all workers must fit.
-    cores = max(nodes)
-    while cores > 1 and sum(node // cores for node in nodes) < wanted:
+    # Without a number: one per place on GPUs, and on CPUs one, which has all cores of a node.
+    wanted = config.num_workers or (num_places if use_gpu or config.cpus_per_worker else 1)
+    return Placement(num_workers=wanted, num_cpus=num_cpus, num_gpus=num_gpus, resources=resources)
+
+
+def describe_waiting(placement: Placement) -> str:
+    """What a worker needs, and what the cluster has and has free."""
+    return (
+        f"each needs {_listed(placement.demand)}; the cluster has "
+        f"{_listed(ray.cluster_resources())}, free: {_listed(ray.available_resources())}"
+    )
+
+
+def _gpus_per_worker(given: float | None, *, use_gpu: bool) -> float:
+    if not use_gpu:
+        if given:
+            raise ConfigError(f"--gpus_per_worker {given:g}: the device is cpu; take it out")
+        return 0.0
+    if given is not None and given > 1:
+        raise ConfigError(
+            f"--gpus_per_worker {given:g}: a worker uses one GPU, there is no tensor parallelism; "
+            "give at most 1, and a model that fits one GPU"
+        )
+    return 1.0 if given is None else given
+
+
+def _amount(text: str) -> tuple[str, float]:
+    name, _, amount = text.partition("=")
+    try:
+        number = float(amount)
+    except ValueError:
+        number = 0.0
+    if not name or number <= 0:
+        raise ConfigError(f"--worker_resources {text}: must be NAME=AMOUNT with an amount above 0")
+    return name, number
+
+
+def _num_fitting(node: Mapping[str, float], demand: Mapping[str, float]) -> int:
+    # A fraction of a GPU is never put together from two.
+    return min(
+        int(node.get("GPU", 0)) * int(1 / amount + 1e-6)
+        if name == "GPU"
+        else int(node.get(name, 0) / amount + 1e-6)
+        for name, amount in demand.items()
+    )
+
+
+def _fair_cores(nodes: list[Mapping[str, float]], resources: dict[str, float], wanted: int) -> int:
+    """The most whole cores with which all workers fit."""
+    cores = max(int(node.get("CPU", 0)) for node in nodes)
+    while cores > 1 and (
+        sum(_num_fitting(node, {"CPU": cores, **resources}) for node in nodes) < wanted
+    ):
         cores -= 1
-    return Placement(num_workers=wanted, num_cpus=cores, num_gpus=0)
+    return max(1, cores)
+
+
+def _listed(resources: Mapping[str, float]) -> str:
+    words = {"CPU": "CPU cores", "GPU": "GPUs"}
+    shown = {"CPU": 0.0, **resources} | {"GPU": resources.get("GPU", 0.0)}
+    return ", ".join(
+        f"{amount:g} {words.get(name, name)}"
+        for name, amount in shown.items()
+        if name in words or not (":" in name or "memory" in name)
+    )

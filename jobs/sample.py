@@ -7,6 +7,7 @@ Without flags it samples the bundled model on the bundled problems. `--num_worke
 process, without Ray. The same command resumes an interrupted run.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,12 +32,14 @@ def main(argv: Sequence[str]) -> int:
     # Ray is imported only where it is used.
     from actors.pool import RayPool
     from cluster.connect import connect
-    from cluster.resources import cluster_has_gpus, plan_workers
+    from cluster.resources import cluster_has_gpus, describe_waiting, plan_workers
 
     with connect(config.cluster.address):
         config = _resolve_on_cluster(config, has_gpus=cluster_has_gpus())
         placement = plan_workers(
-            config.cluster.num_workers, use_gpu=config.model.device.startswith("cuda")
+            config.cluster,
+            use_gpu=config.model.device.startswith("cuda"),
+            can_grow=config.cluster.address is not None or "RAY_ADDRESS" in os.environ,
         )
         sample(
             config,
@@ -45,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
                 num_workers=placement.num_workers,
                 num_cpus=placement.num_cpus,
                 num_gpus=placement.num_gpus,
+                resources=placement.resources,
+                describe=lambda: describe_waiting(placement),
             ),
         )
     return 0

@@ -62,7 +62,7 @@ def parse(
     for name, setting in known.items():
         if given[name] is not None:
             value = given[name]
-            values[name] = tuple(value) if _is_tuple(setting) else value
+            values[name] = tuple(value) if _is_tuple(setting) else _without_auto(setting, value)
     return JobConfig.from_flat(values), namespace
 
 
@@ -98,7 +98,7 @@ def _parser(program: str, known: dict[str, Field]) -> _Parser:
         else:
             parser.add_argument(
                 f"--{name}",
-                type=_scalar_type(setting),
+                type=_number_or_auto(setting) if _may_be_auto(setting) else _scalar_type(setting),
                 action="append" if _is_tuple(setting) else "store",
                 choices=setting.metadata["choices"] or None,
                 metavar=name.upper() if not setting.metadata["choices"] else None,
@@ -154,6 +154,8 @@ def _checked(path: Path, setting: Field, value: Any) -> Any:
 
 
 def _checked_scalar(path: Path, setting: Field, scalar: type, value: Any) -> Any:
+    if _may_be_auto(setting) and value == "auto":
+        return None
     if scalar is float and type(value) is int:
         value = float(value)
     choices = setting.metadata["choices"]
@@ -161,6 +163,25 @@ def _checked_scalar(path: Path, setting: Field, scalar: type, value: Any) -> Any
         allowed = " or ".join(choices) if choices else f"a value of type {scalar.__name__}"
         raise ConfigError(f"{path}: {setting.name} = {value!r}: must be {allowed}")
     return value
+
+
+def _may_be_auto(setting: Field) -> bool:
+    """Whether it is a number that may be left to the program; "auto" says so in words."""
+    return setting.default is None and _scalar_type(setting) in (int, float)
+
+
+def _number_or_auto(setting: Field) -> Callable[[str], Any]:
+    scalar = _scalar_type(setting)
+
+    def convert(text: str) -> Any:
+        return text if text == "auto" else scalar(text)
+
+    convert.__name__ = scalar.__name__  # argparse names it in its message
+    return convert
+
+
+def _without_auto(setting: Field, value: Any) -> Any:
+    return None if _may_be_auto(setting) and value == "auto" else value
 
 
 def _is_tuple(setting: Field) -> bool:

@@ -219,9 +219,20 @@ class ClusterConfig:
     """How many worker processes, and on which Ray."""
 
     num_workers: int | None = _option(
-        None, "workers; 0 runs in this process without Ray; default: one per GPU, else 1"
+        None,
+        "workers; 0 runs in this process without Ray; auto, the default: one per GPU, else 1",
     )
     address: str | None = _option(None, "address of a running Ray; default: start a local one")
+    gpus_per_worker: float | None = _option(
+        None, "GPUs of a worker, at most 1; below 1 workers share one; default: 1 on GPUs"
+    )
+    cpus_per_worker: float | None = _option(
+        None, "CPU cores of a worker; default: 1 on GPUs, else as many as there are"
+    )
+    worker_resources: tuple[str, ...] = _option((), "custom Ray resources of a worker, NAME=AMOUNT")
+    worker_timeout: float = _option(
+        300.0, "seconds without a step after which a worker counts as hung (its first step: 4 x)"
+    )
 
     def __post_init__(self) -> None:
         """Raises: ConfigError naming the setting and the allowed range."""
@@ -230,6 +241,12 @@ class ClusterConfig:
             "num_workers",
             self.num_workers,
             "0 or more",
+        )
+        for name in ("gpus_per_worker", "cpus_per_worker"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "more than 0")
+        _require(
+            self.worker_timeout > 0, "worker_timeout", self.worker_timeout, "more than 0 (seconds)"
         )
         if self.num_workers == 0 and self.address is not None:
             raise ConfigError("--address with --num_workers 0: without Ray there is no address")

@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One sampling job from settings to closing table, whatever the workers are.
 
-    settings -> prompts -> run.json -> workers <-> this loop -> summary
+    settings -> prompts -> run.json -> workers <-> dispatch.py -> summary
 
 Invariants
-- Emit-everything: what is on disk is never drawn again, everything else is given to exactly one
-  worker (a prompt with all its completions is one unit of work).
-- Affinity: a prompt belongs to the worker that a stable hash of its id names; only prompts that
-  no worker has started may move, and only to a worker that has none left.
-- Bounded: a worker holds at most `2 * stream_width` open prompts.
-
-Who waits for whom: the loop waits for any worker's report; a worker waits for its next slice,
-which it gets with new prompts as soon as it has reported.
+- Emit-everything: what is on disk is never drawn again, everything else is drawn once; a prompt that
+  cannot be drawn comes out as failed rows. Who draws what: `dispatch`.
+- Bounded: the dataset is read twice, once to check it, once to hand it out; no copy is kept.
 
 Used by: `streaminator.cli`, `jobs.sample`.
 """
@@ -19,22 +14,25 @@ Used by: `streaminator.cli`, `jobs.sample`.
 import json
 import signal
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from streaminator.config import JobConfig
-from streaminator.data.files import clean_temp_files, hold
-from streaminator.data.parquet import completions_schema, read_distributions, read_finished
+from streaminator.data.files import hold
+from streaminator.data.finished import Finished
+from streaminator.data.parquet import completions_schema
 from streaminator.data.prompts import load_prompts
+from streaminator.dispatch import Dispatcher, Work
 from streaminator.engine.checkpoint import check_model, load_tokenizer, model_fingerprint
 from streaminator.errors import ConfigError, StreaminatorError, Terminated
 from streaminator.grading import grader_fingerprint, make_grader
 from streaminator.pool import OpenRun, Pool
 from streaminator.progress import Progress
+from streaminator.run_output import RunOutput
 from streaminator.run_record import (
     Run,
     check_run,
@@ -42,9 +40,11 @@ from streaminator.run_record import (
     resolve_run_id,
     tokenizer_fingerprint,
 )
-from streaminator.sequence import Prompt
 from streaminator.summary import Summary, render, summarise
 from streaminator.wandb_log import WandbLog
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def sample(config: JobConfig, make_pool: Callable[[JobConfig], Pool]) -> Summary:
@@ -68,13 +68,12 @@ def _sample(config: JobConfig, make_pool: Callable[[JobConfig], Pool]) -> Summar
     completions_schema(config.data.metadata_columns)  # refuses names that are taken
     make_grader(config.data)
     tokenizer = load_tokenizer(config.model)
-    prompts = list(load_prompts(config.data, tokenizer))
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    _check_blocks(config, longest)
+    dataset = _check_dataset(config, tokenizer)
+    _check_blocks(config, dataset.longest)
     fingerprints = {
         "model": model_fingerprint(config.model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "prompts": _prompts_fingerprint(prompts),
+        "prompts": dataset.fingerprint,
         "grader": grader_fingerprint(config.data),
     }
     check_run(config.run.output, run_id, config, fingerprints=fingerprints)
@@ -90,9 +89,7 @@ def _sample(config: JobConfig, make_pool: Callable[[JobConfig], Pool]) -> Summar
                 fingerprints=fingerprints,
                 gpus=[name for name in pool.device_names if name != "cpu"],
             )
-            with _closing(pool):
-                pool.open(OpenRun(uri=run.uri, attempt=run.attempt, max_prompt_length=longest))
-                _draw(config, pool, run, prompts, log)
+            _draw(config, pool, run, dataset, log)
         summary = summarise(run.uri)
     except BaseException:
         if log is not None:
@@ -116,111 +113,89 @@ def _check_blocks(config: JobConfig, longest: int) -> None:
         )
 
 
-def _draw(
-    config: JobConfig, pool: Pool, run: Run, prompts: list[Prompt], log: WandbLog | None
-) -> None:
-    clean_temp_files(run.uri)
-    left = _left_to_draw(prompts, run)
-    num_total = sum(len(prompt.sample_indices) for prompt in prompts)
-    num_done = num_total - sum(len(prompt.sample_indices) for prompt in left)
-    _announce(run, num_done, num_total)
+@dataclass(frozen=True, slots=True)
+class _Dataset:
+    num_prompts: int
+    longest: int
+    """Tokens of the longest prompt."""
+    fingerprint: str
+
+
+def _check_dataset(config: JobConfig, tokenizer: "PreTrainedTokenizerBase") -> _Dataset:
+    """Read every row once: whatever is wrong with it is found before anything is started."""
+    digest = blake2b(digest_size=8)
+    num_prompts = longest = 0
+    for prompt in load_prompts(config.data, tokenizer):
+        digest.update(f"{prompt.prompt_id}\0{prompt.token_ids}\n".encode())
+        num_prompts += 1
+        longest = max(longest, len(prompt.token_ids))
+    return _Dataset(num_prompts, longest, digest.hexdigest())
+
+
+def _draw(config: JobConfig, pool: Pool, run: Run, dataset: _Dataset, log: WandbLog | None) -> None:
+    output = RunOutput(config, run, _say)
+    finished = Finished(run.uri, config.data.num_completions)
+    num_total = dataset.num_prompts * config.data.num_completions
+    _announce(run, finished.num_completions, num_total)
     width = config.engine.stream_width
-    with Progress(num_total, num_done, width * pool.num_workers) as progress:
-        for report in _drive(pool, left, width):
+    dispatcher = Dispatcher(
+        pool,
+        _left_to_draw(config, finished),
+        output,
+        stream_width=width,
+        worker_timeout=config.cluster.worker_timeout,
+    )
+    with (
+        _closing(pool, output),
+        Progress(num_total, finished.num_completions, width * pool.num_workers) as progress,
+    ):
+        pool.open(OpenRun(uri=run.uri, attempt=run.attempt, max_prompt_length=dataset.longest))
+        for report in dispatcher.run():
             progress.update(report)
             if log is not None:
                 log.log(report)
 
 
+def _left_to_draw(config: JobConfig, finished: Finished) -> Iterator[Work]:
+    """The prompts with the completions that are not on disk, in the dataset's order."""
+    for prompt in load_prompts(config.data, load_tokenizer(config.model)):
+        missing, parts = finished.left(prompt)
+        if missing:
+            yield Work(prompt, set(missing), list(parts))
+
+
 @contextmanager
-def _closing(pool: Pool) -> Iterator[None]:
+def _closing(pool: Pool, output: RunOutput) -> Iterator[None]:
     """Write out what is finished, whatever ended the block; its own error comes first."""
     try:
         yield
     except BaseException:
         try:
-            pool.close()
+            _close(pool, output)
         except StreaminatorError as error:
             sys.stderr.write(f"while closing: {error}\n")
         raise
-    pool.close()
+    _close(pool, output)
+
+
+def _close(pool: Pool, output: RunOutput) -> None:
+    try:
+        for result in pool.close():
+            for part in result.parts:
+                output.publish(part)
+    finally:
+        output.close()
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
 
 
 def _announce(run: Run, num_done: int, num_total: int) -> None:
     text = f"run {run.run_id}: {num_total:,} completions into {run.uri}"
     if num_done:
         text += f", {num_done:,} of them there already"
-    sys.stderr.write(text + "\n")
-
-
-def _prompts_fingerprint(prompts: list[Prompt]) -> str:
-    digest = blake2b(digest_size=8)
-    for prompt in prompts:
-        digest.update(f"{prompt.prompt_id}\0{prompt.token_ids}\n".encode())
-    return digest.hexdigest()
-
-
-def _left_to_draw(prompts: list[Prompt], run: Run) -> list[Prompt]:
-    """The prompts with the completions that are not on disk, in the dataset's order."""
-    finished = read_finished(run.uri)
-    left = []
-    for prompt in prompts:
-        drawn = finished.get(prompt.prompt_id, {})
-        missing = tuple(i for i in prompt.sample_indices if i not in drawn)
-        if missing:
-            texts = tuple(tuple(drawn[i]) for i in sorted(drawn))
-            left.append(replace(prompt, sample_indices=missing, finished=texts))
-    kept = read_distributions(run.uri, {prompt.prompt_id for prompt in left if prompt.finished})
-    for index, prompt in enumerate(left):
-        if samples := kept.get(prompt.prompt_id):
-            top = tuple(samples.get(i) for i in sorted(finished[prompt.prompt_id]))
-            left[index] = replace(prompt, finished_distributions=top)
-    return left
-
-
-def _drive(pool: Pool, prompts: list[Prompt], stream_width: int) -> Iterator:
-    """Keep every worker's window full until nothing is left; yields the workers' reports."""
-    queues: list[deque[Prompt]] = [deque() for _ in range(pool.num_workers)]
-    for prompt in prompts:
-        queues[home_worker(prompt.prompt_id, pool.num_workers)].append(prompt)
-    window = 2 * stream_width
-    num_open = [0] * pool.num_workers
-    waiting = set()
-
-    def submit(worker: int) -> None:
-        new = _take(queues, worker, window - num_open[worker])
-        num_open[worker] += len(new)
-        if num_open[worker]:
-            has_more = any(queues)
-            pool.submit(worker, new, window - stream_width // 2 if has_more else 0)
-            waiting.add(worker)
-
-    for worker in range(pool.num_workers):
-        submit(worker)
-    while waiting:
-        worker, result = pool.next_result()
-        waiting.discard(worker)
-        num_open[worker] = result.num_open_prompts
-        yield result.report
-        submit(worker)
-
-
-def home_worker(prompt_id: str, num_workers: int) -> int:
-    """The worker a prompt belongs to; the same in every process and run."""
-    digest = blake2b(prompt_id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % num_workers
-
-
-def _take(queues: list[deque[Prompt]], worker: int, num: int) -> list[Prompt]:
-    """Up to `num` prompts of the worker's own queue, else of the longest one."""
-    taken = []
-    while len(taken) < num:
-        queue = queues[worker] or max(queues, key=len)
-        if not queue:
-            break
-        # Another worker's prompts are taken from the far end: the ones it would start last.
-        taken.append(queue.popleft() if queue is queues[worker] else queue.pop())
-    return taken
+    _say(text)
 
 
 @contextmanager

@@ -60,6 +60,10 @@ class Prompt:
     """Token ids of completions drawn before; the speculator learns from them."""
     finished_distributions: tuple[Distributions | None, ...] = ()
     """One per completion of `finished`, None where they were not kept; empty: none were."""
+    finished_parts: tuple[str, ...] = ()
+    """Names of the published parts that hold them, for whoever has not read `finished` yet."""
+    num_retries: int = 0
+    """Workers lost while they held the prompt."""
 
 
 @dataclass(slots=True, eq=False)

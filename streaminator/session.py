@@ -3,7 +3,8 @@
 
 Invariants
 - `Session` is built before a run is opened, so that a bad model leaves nothing behind.
-- A completion is written by the session that drew it; only counts travel back.
+- A completion is written by the session that drew it, into its own staging folder; ids and counts
+  travel back, and the driver publishes the parts.
 
 Used by: `pool.LocalPool`, `actors.worker`.
 """
@@ -12,12 +13,14 @@ import socket
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from streaminator.config import JobConfig
-from streaminator.data.files import join_uri
+from streaminator.data.files import STAGING, join_uri
+from streaminator.data.finished import read_distributions, read_finished
 from streaminator.data.parquet import (
     STEPS,
     PartWriter,
@@ -28,12 +31,16 @@ from streaminator.data.parquet import (
 from streaminator.engine.checkpoint import load_tokenizer
 from streaminator.engine.engine import Engine
 from streaminator.engine.model_runner import ModelRunner
+from streaminator.errors import DeviceError, first_line
 from streaminator.grading import make_grader
 from streaminator.progress import Report
 from streaminator.sequence import Completion, FinishReason, Prompt
 
 _MANY_PARAMETERS = 20_000_000
 """From here on a second thread pays on a CPU."""
+
+STORAGE_SECONDS = 120.0
+"""How long failing storage is put up with; the stream goes on meanwhile."""
 
 _PART_ROWS = 1024
 _PART_SECONDS = 5.0
@@ -42,12 +49,27 @@ _STEPS_PART_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A whole part of completions, staged: nobody sees it until the driver publishes it."""
+
+    path: str
+    """Below the run's folder."""
+    keys: tuple[tuple[str, int], ...]
+    """(prompt_id, sample_index) of its rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkResult:
     """What came of one call of `Session.work`."""
 
-    report: Report
-    num_open_prompts: int
+    report: Report = field(default_factory=Report)
+    num_open_prompts: int = 0
     """Prompts the session still holds."""
+    parts: tuple[Part, ...] = ()
+    released: tuple[str, ...] = ()
+    """Ids of the prompts given up; their finished completions are in parts reported by now."""
+    events: tuple[tuple[str, str], ...] = ()
+    """(kind, detail) of what went wrong and was mended."""
 
 
 class Session:
@@ -72,6 +94,9 @@ class Session:
         elif num_threads is not None:
             torch.set_num_threads(num_threads)
         self._writers: list[PartWriter] = []
+        self._num_left: dict[str, int] = {}
+        self._parts: list[Part] = []
+        self._events: list[tuple[str, str]] = []
 
     @property
     def device_name(self) -> str:
@@ -102,14 +127,18 @@ class Session:
         self._worker_id = worker_id
         self._attempt = attempt
         self._num_steps = 0
-        self._num_left: dict[str, int] = {}
+        self._num_left, self._parts, self._events = {}, [], []
         writer_id = f"{worker_id}-{attempt}-{uuid.uuid4().hex[:8]}"
+        self._run_uri = run_uri
+        self._staging = f"{STAGING}/{writer_id}"
         self._completions = PartWriter(
-            join_uri(run_uri, "completions"),
+            join_uri(run_uri, *self._staging.split("/")),
             completions_schema(config.data.metadata_columns),
             writer_id=writer_id,
             max_rows=_PART_ROWS,
             max_seconds=_PART_SECONDS,
+            patience=STORAGE_SECONDS,
+            on_part=self._stage,
         )
         self._steps = PartWriter(
             join_uri(run_uri, "steps"),
@@ -117,39 +146,122 @@ class Session:
             writer_id=writer_id,
             max_rows=_STEPS_PART_ROWS,
             max_seconds=_STEPS_PART_SECONDS,
+            patience=STORAGE_SECONDS,
         )
         self._writers = [self._completions, self._steps]
 
     def work(
-        self, prompts: Sequence[Prompt], *, min_open_prompts: int, max_seconds: float
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        min_open_prompts: int = 0,
+        num_to_release: int = 0,
+        max_seconds: float,
     ) -> WorkResult:
         """Take in `prompts` and run the stream for a while.
+
+        Comes back early with a new part or a released prompt, and whenever there is no more work;
+        then nothing is left in a buffer.
 
         Args:
             prompts: new ones, each with the completions left to draw.
             min_open_prompts: come back for more when fewer prompts than this are open.
+            num_to_release: prompts to give up, each as soon as it is between two completions.
             max_seconds: come back after this time in any case.
 
-        Raises: OutputError when rows cannot be written.
+        Raises: OutputError when rows cannot be written; DeviceError when memory runs out at width 1.
         """
-        for prompt in prompts:
+        for prompt in self._with_finished(prompts):
             self._num_left[prompt.prompt_id] = len(prompt.sample_indices)
             self.engine.add(prompt)
+        self.engine.scheduler.release(num_to_release)
         report = Report()
+        released = self._take_released()
         deadline = time.monotonic() + max_seconds
-        while self.engine.has_work:
-            for completion in self.engine.step():
+        while self.engine.has_work and not released:
+            for completion in self._step():
                 report += self._write(completion)
             report += self._count_step()
             self._completions.flush_if_due()
-            if len(self._num_left) < min_open_prompts or time.monotonic() >= deadline:
+            released = self._take_released()
+            has_few = len(self._num_left) < min_open_prompts
+            if has_few or self._parts or time.monotonic() >= deadline:
                 break
-        return WorkResult(report=report, num_open_prompts=len(self._num_left))
+        if released or not self.engine.has_work:
+            self._completions.flush()
+        return self._result(report, released)
 
-    def close(self) -> None:
+    def close(self) -> WorkResult:
         """Write out what is buffered. Raises: OutputError."""
         for writer in self._writers:
             writer.close()
+        return self._result(Report(), ())
+
+    def _result(self, report: Report, released: tuple[str, ...]) -> WorkResult:
+        for writer in self._writers:
+            if writer.outage is not None:
+                self._events.append(("storage failed", writer.outage))
+                writer.outage = None
+        parts, self._parts = self._parts, []
+        events, self._events = self._events, []
+        return WorkResult(
+            report=report,
+            num_open_prompts=len(self._num_left),
+            parts=tuple(parts),
+            released=released,
+            events=tuple(events),
+        )
+
+    def _with_finished(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts, with what they have drawn elsewhere for the speculator to learn from."""
+        names = sorted({name for prompt in prompts for name in prompt.finished_parts})
+        if not names:
+            return list(prompts)
+        drawn = read_finished(self._run_uri, names)
+        waiting = {prompt.prompt_id for prompt in prompts if prompt.finished_parts}
+        kept = read_distributions(self._run_uri, waiting, names)
+        ready = []
+        for prompt in prompts:
+            samples = drawn.get(prompt.prompt_id, {}) if prompt.finished_parts else {}
+            top = kept.get(prompt.prompt_id)
+            order = sorted(samples)
+            ready.append(
+                replace(
+                    prompt,
+                    finished=tuple(tuple(samples[index]) for index in order),
+                    finished_distributions=tuple(top.get(index) for index in order) if top else (),
+                    finished_parts=(),
+                )
+            )
+        return ready
+
+    def _step(self) -> list[Completion]:
+        try:
+            return self.engine.step()
+        except torch.OutOfMemoryError as error:
+            before = self.engine.scheduler.stream_width
+            if before == 1:
+                raise DeviceError(
+                    f"out of memory with a single completion in flight ({first_line(error)}); "
+                    "lower --max_length or --max_batched_tokens"
+                ) from error
+            width = self.engine.scheduler.narrow()
+            detail = f"stream width {before} -> {width}: {first_line(error)}"
+        # Outside of the handler, whose traceback would keep the tensors of the failed step.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._events.append(("out of memory", detail))
+        return []
+
+    def _take_released(self) -> tuple[str, ...]:
+        ids = tuple(prompt.prompt_id for prompt in self.engine.take_released())
+        for prompt_id in ids:
+            del self._num_left[prompt_id]
+        return ids
+
+    def _stage(self, name: str, rows: list[dict[str, Any]]) -> None:
+        keys = tuple((row["prompt_id"], row["sample_index"]) for row in rows)
+        self._parts.append(Part(path=f"{self._staging}/{name}", keys=keys))
 
     def _write(self, completion: Completion) -> Report:
         prompt = completion.prompt

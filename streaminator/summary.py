@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from streaminator.data.files import join_uri, list_parts, reason, resolve
-from streaminator.data.parquet import COMPLETIONS, STEPS
+from streaminator.data.parquet import COMPLETIONS, EVENTS, STEPS
 from streaminator.errors import OutputError
 from streaminator.run_record import RunRecord, read_record
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 PHASES = ("schedule", "draft", "pack", "forward", "sample", "verify", "commit")
 _MAX_REASONS = 3
+_TABLES = {"completions": COMPLETIONS, "steps": STEPS, "events": EVENTS}
 
 _COMPLETIONS_SQL = """
     SELECT count(DISTINCT prompt_id), count(*), count(*) FILTER (finish_reason = 'failed'),
@@ -43,6 +44,7 @@ _REASONS_SQL = f"""
 _GRADER_SQL = f"""
     SELECT grader_error, count(*) FROM completions
     WHERE grader_error IS NOT NULL GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT {_MAX_REASONS}"""
+_EVENTS_SQL = "SELECT kind, count(*) FROM events GROUP BY 1 ORDER BY 2 DESC, 1"
 _ACCEPTANCE = "sum(num_accepted_tokens) / nullif(sum(num_draft_tokens), 0)"
 _TOKENS_PER_STEP = "sum(num_completion_tokens) / nullif(sum(num_steps), 0)"
 _GENERATIONS_SQL = f"""
@@ -107,6 +109,8 @@ class Summary:
     num_failed: int
     failures: dict[str, int]
     """The most frequent reasons, with how often each occurred."""
+    events: dict[str, int]
+    """What went wrong and was mended (a worker died, ...), with how often."""
     num_tokens: int
     wall_seconds: float
     """From first to last, summed over the attempts."""
@@ -158,15 +162,15 @@ def summarise(run: str | Path) -> Summary:
 
     filesystem, path = resolve(str(run))
     record = read_record(filesystem, path)
-    tables = {name: list_parts(filesystem, f"{path}/{name}") for name in ("completions", "steps")}
+    tables = {name: list_parts(filesystem, f"{path}/{name}") for name in _TABLES}
     if record is None and not any(tables.values()):
         raise OutputError(f"{run}: no run here (neither run.json nor results)")
-    for part in tables["steps"]:
+    for part in (*tables["steps"], *tables["events"]):
         _check_footer(filesystem, part)
     try:
         with duckdb.connect() as connection:
-            _view(connection, "completions", filesystem, tables["completions"], COMPLETIONS)
-            _view(connection, "steps", filesystem, tables["steps"], STEPS)
+            for name, schema in _TABLES.items():
+                _view(connection, name, filesystem, tables[name], schema)
             return _compute(connection, str(run) if "://" in str(run) else path, record)
     except (duckdb.Error, OSError, pa.ArrowException) as error:
         raise OutputError(f"{path}: cannot be summarised: {reason(error)}") from error
@@ -179,7 +183,7 @@ def _check_footer(filesystem: pafs.FileSystem, part: str) -> None:
     except (OSError, pa.ArrowException) as error:
         raise OutputError(
             f"{part}: damaged ({reason(error)}); delete it and run the same command again: it holds "
-            "statistics of steps only"
+            "statistics only"
         ) from error
 
 
@@ -221,6 +225,7 @@ def _compute(connection: "DuckDBPyConnection", path: str, record: RunRecord | No
         num_completions=completions,
         num_failed=failed,
         failures=dict(connection.execute(_REASONS_SQL).fetchall()),
+        events=dict(connection.execute(_EVENTS_SQL).fetchall()),
         num_tokens=tokens,
         wall_seconds=wall or 0.0,
         tokens_per_second=tokens / wall if wall else None,
@@ -277,6 +282,10 @@ def render(summary: Summary) -> str:
         ("completions", f"{s.num_completions:,}"),
         ("failed", f"{s.num_failed:,}"),
         *(("", f"{count:,} x {why.splitlines()[0]}") for why, count in s.failures.items()),
+        *(
+            ("" if i else "events", f"{n:,} x {kind}")
+            for i, (kind, n) in enumerate(s.events.items())
+        ),
         ("tokens", f"{s.num_tokens:,}"),
         ("wall time", f"{s.wall_seconds:,.1f} s"),
         ("tokens per second", _number(s.tokens_per_second, ",.1f")),

@@ -5,6 +5,7 @@ Invariants
 - `write_whole` makes a file appear whole or not at all. A local file has a temporary name until
   then, which starts with "." so that DuckDB and pyarrow skip it; on object stores a closed output
   stream is atomic.
+- A part is staged under STAGING first; `publish` is what makes it visible, in one step.
 - A folder or URI given by the user stays a string until `resolve`, so that it can travel between
   processes.
 
@@ -13,6 +14,7 @@ Used by: `streaminator.data.parquet`, `streaminator.run_record`, `streaminator.s
 
 import fcntl
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,12 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from streaminator.errors import ConfigError, OutputError, RunBusyError
+
+STAGING = ".staging"
+"""Folder of a run that no reader looks into: a folder per worker, of parts not published yet."""
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 15.0
+"""Seconds between two tries while storage fails."""
 
 
 def reason(error: BaseException) -> str:
@@ -88,11 +96,79 @@ def write_whole(filesystem: pafs.FileSystem, path: str, data: bytes | pa.Buffer)
         with suppress(OSError):
             os.unlink(temp)
         raise
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: str) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Patience:
+    """Decides how long failing storage is put up with: tries with growing pauses, then an error."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since: float | None = None
+        self._wait = _FIRST_WAIT
+        self._last = ""
+        self.next_try = 0.0
+        """When to try again, by the monotonic clock."""
+
+    def failed(self, what: str, error: OSError) -> None:
+        """A try failed. Raises: OutputError with `what` once the time is over."""
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        self._last = reason(error)
+        if now - self._since >= self._seconds:
+            lasted = f" for {now - self._since:.0f} s" if self._seconds else ""
+            raise OutputError(
+                f"{what} cannot be written{lasted}: {self._last}; mend that, and the same command "
+                "resumes"
+            ) from error
+        self.next_try = now + self._wait
+        self._wait = min(2 * self._wait, _LONGEST_WAIT)
+
+    def succeeded(self) -> str | None:
+        """A try succeeded; tells of the failures before it, if there were any."""
+        if self._since is None:
+            return None
+        text = f"storage failed for {time.monotonic() - self._since:.0f} s: {self._last}"
+        self._since, self._wait, self.next_try = None, _FIRST_WAIT, 0.0
+        return text
+
+    def pause(self) -> None:
+        """Sleep until the next try."""
+        time.sleep(max(0.0, self.next_try - time.monotonic()))
+
+
+def publish(filesystem: pafs.FileSystem, source: str, target: str) -> None:
+    """Move a whole file to where readers look: one rename, or one server-side copy. Repeatable.
+
+    Raises: OSError.
+    """
+    try:
+        filesystem.move(source, target)
+    except FileNotFoundError:
+        # An earlier try may have failed after the move.
+        if not filesystem.get_file_info(target).is_file:
+            raise
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        _sync_folder(os.path.dirname(target))
+
+
+def remove_folder(filesystem: pafs.FileSystem, path: str) -> None:
+    """Remove a folder with what is in it, if it is there. Raises: OutputError."""
+    try:
+        if filesystem.get_file_info(path).type != pafs.FileType.NotFound:
+            filesystem.delete_dir(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be removed: {reason(error)}") from error
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two tables of a run, `completions` and `steps`: their schemas, writing, reading back.
+"""The tables of a run, `completions`, `steps` and `events`: their schemas, writing.
 
 Invariants
 - A part file appears whole or not at all (`streaminator.data.files`).
-- A (prompt_id, sample_index) is in one part only; `read_finished` refuses anything else.
+- A (prompt_id, sample_index) is in one part only; `finished` refuses anything else.
 - `top_ids` and `top_probs` are there in full for every token of a row, or null.
 - Rows leave the buffer only after their part is written. A failed or interrupted flush can be
   repeated: it writes the same part name again, so that no row is ever there twice.
@@ -15,27 +15,23 @@ Used by: the workers (`PartWriter`), resuming (`read_finished`, `read_distributi
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from streaminator.data.files import (
-    list_parts,
+    Patience,
     reason,
     resolve,
     write_whole,
 )
 from streaminator.errors import ConfigError, OutputError
-from streaminator.sequence import Completion, Distributions, StepStats
+from streaminator.sequence import Completion, StepStats
 
 if TYPE_CHECKING:
     from streaminator.grading import Grade
@@ -82,6 +78,7 @@ COMPLETIONS = _schema(
     ("worker_id", pa.string(), "worker that drew it"),
     ("node", pa.string(), "machine of the worker"),
     ("attempt", pa.int32(), "attempt of the run (run.json) that drew it, from 1"),
+    ("num_retries", pa.int32(), "workers lost in this attempt while they held the prompt"),
     ("started_at", _TIMESTAMP, "when it got a slot"),
     ("finished_at", _TIMESTAMP, "when it left its slot"),
     ("error", pa.string(), "why it failed"),
@@ -113,6 +110,15 @@ STEPS = _schema(
     ("seconds_commit", pa.float64(), "commit and retire"),
     ("num_blocks_used", pa.int32(), "KV blocks in use"),
     ("device_memory", pa.int64(), "bytes in use"),
+)
+
+EVENTS = _schema(
+    ("time", _TIMESTAMP, "when the driver learned of it"),
+    ("attempt", pa.int32(), "attempt of the run (run.json), from 1"),
+    ("kind", pa.string(), "what happened: worker died, worker hung, out of memory, ..."),
+    ("worker_id", pa.string(), "the worker concerned"),
+    ("prompt_id", pa.string(), "the prompt concerned"),
+    ("detail", pa.string(), "the reason"),
 )
 
 
@@ -172,6 +178,7 @@ def completion_row(
         "worker_id": worker_id,
         "node": node,
         "attempt": attempt,
+        "num_retries": prompt.num_retries,
         "started_at": datetime.fromtimestamp(completion.started_at, UTC),
         "finished_at": datetime.fromtimestamp(completion.finished_at, UTC),
         "error": completion.error,
@@ -196,17 +203,32 @@ class PartWriter:
     """
 
     def __init__(
-        self, folder: str, schema: pa.Schema, *, writer_id: str, max_rows: int, max_seconds: float
+        self,
+        folder: str,
+        schema: pa.Schema,
+        *,
+        writer_id: str,
+        max_rows: int,
+        max_seconds: float,
+        patience: float = 0.0,
+        on_part: Callable[[str, list[dict[str, Any]]], None] | None = None,
     ) -> None:
-        """Raises: OutputError when the folder cannot be made or the writer id was used before."""
+        """`on_part(name, rows)` hears of each part; failing storage is retried for `patience` s.
+
+        Raises: OutputError when the folder cannot be made or the writer id was used before.
+        """
         self._schema = schema
         self._max_rows = max_rows
         self._max_seconds = max_seconds
+        self._patience = Patience(patience)
+        self._on_part = on_part
         self._rows: list[dict[str, Any]] = []
         self._oldest = 0.0
         self._num_parts = 0
         self._filesystem, self._folder = resolve(folder)
         self._name = f"part-{writer_id}"
+        self.outage: str | None = None
+        """Set when a part was written after failures; whoever reports it clears it."""
         try:
             self._filesystem.create_dir(self._folder, recursive=True)
             is_new = self._filesystem.get_file_info(self._next_path).type == pafs.FileType.NotFound
@@ -227,27 +249,37 @@ class PartWriter:
         self.flush_if_due()
 
     def flush_if_due(self) -> None:
-        """Flush if there are `max_rows` rows or one is `max_seconds` old. Raises: OutputError."""
-        age = time.monotonic() - self._oldest
-        if self._rows and (len(self._rows) >= self._max_rows or age >= self._max_seconds):
-            self.flush()
+        """Flush if there are `max_rows` rows or one is `max_seconds` old, without waiting for
+        failing storage: the rows stay, and a later call tries again.
+
+        Raises: OutputError when storage fails for longer than `patience`.
+        """
+        now = time.monotonic()
+        is_due = len(self._rows) >= self._max_rows or now - self._oldest >= self._max_seconds
+        if self._rows and is_due and now >= self._patience.next_try:
+            self._try_to_flush()
 
     def flush(self) -> None:
         """Write the buffered rows as one part. Raises: OutputError; the rows stay buffered."""
-        if not self._rows:
-            return
+        while self._rows and not self._try_to_flush():
+            self._patience.pause()
+
+    def _try_to_flush(self) -> bool:
         sink = pa.BufferOutputStream()
         table = pa.Table.from_pylist(self._rows, schema=self._schema)
         pq.write_table(table, sink, compression="zstd")
         try:
             write_whole(self._filesystem, self._next_path, sink.getvalue())
         except OSError as error:
-            raise OutputError(
-                f"{self._next_path}: {len(self._rows)} rows cannot be written: {reason(error)}; "
-                "mend that, and the same command draws them again"
-            ) from error
-        self._rows = []
+            self._patience.failed(f"{self._next_path}: {len(self._rows)} rows", error)
+            return False
+        self.outage = self._patience.succeeded() or self.outage
+        rows, self._rows = self._rows, []
+        name = self._next_path.rpartition("/")[2]
         self._num_parts += 1
+        if self._on_part is not None:
+            self._on_part(name, rows)
+        return True
 
     def close(self) -> None:
         """Flush what is left. Raises: OutputError."""
@@ -258,101 +290,3 @@ class PartWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def read_finished(run: str) -> dict[str, dict[int, list[int]]]:
-    """{prompt_id: {sample_index: token_ids}} of every row of a run's folder or URI, failed or not.
-
-    Raises: OutputError for a part that cannot be read, and for a completion that is there twice.
-    """
-    filesystem, path = resolve(run)
-    parts = list_parts(filesystem, f"{path}/completions")
-    finished: dict[str, dict[int, list[int]]] = {}
-    for part in parts:
-        columns = _read_columns(filesystem, part, ["prompt_id", "sample_index", "token_ids"])
-        for prompt_id, sample_index, token_ids in zip(*columns, strict=True):
-            samples = finished.setdefault(prompt_id, {})
-            if sample_index in samples:
-                first = _first_with(filesystem, parts, prompt_id, sample_index)
-                raise OutputError(
-                    f"{part}: completion {sample_index} of prompt {prompt_id} is in {first} too; "
-                    "delete one of the two: its other rows will be drawn again"
-                )
-            samples[sample_index] = token_ids
-    return finished
-
-
-def read_distributions(
-    run: str, prompt_ids: AbstractSet[str]
-) -> dict[str, dict[int, Distributions]]:
-    """{prompt_id: {sample_index: distributions}} of the rows of these prompts that hold them.
-
-    Raises: OutputError for a part that cannot be read.
-    """
-    filesystem, path = resolve(run)
-    kept: dict[str, dict[int, Distributions]] = {}
-    for part in list_parts(filesystem, f"{path}/completions") if prompt_ids else []:
-        # Few parts hold a prompt that is not finished, and these columns are large.
-        if prompt_ids.isdisjoint(_read_columns(filesystem, part, ["prompt_id"])[0]):
-            continue
-        with _reading(part), filesystem.open_input_file(part) as file:
-            names = ["prompt_id", "sample_index", "num_completion_tokens", "accepted"]
-            names += ["top_ids", "top_probs"]
-            table = pq.ParquetFile(file).read(columns=names)
-            if "top_ids" not in table.column_names:  # older than this column
-                continue
-            is_wanted = pc.field("prompt_id").isin(list(prompt_ids))
-            table = table.filter(is_wanted & pc.field("top_ids").is_valid())
-            for columns in zip(*(table[name] for name in names), strict=True):
-                prompt_id, sample_index, num, accepted = (value.as_py() for value in columns[:4])
-                samples = kept.setdefault(prompt_id, {})
-                samples[sample_index] = _distributions(num, accepted, *columns[4:])
-    return kept
-
-
-def _distributions(
-    num: int, accepted: list[int], top_ids: pa.ListScalar, top_probs: pa.ListScalar
-) -> Distributions:
-    """Raises: ValueError where the columns do not fit together."""
-    # A step's last tokens may lie behind the completion's end.
-    ends = np.minimum(np.cumsum(np.array(accepted, np.int64) + 1), num)
-    lengths = np.diff(ends, prepend=0)
-    ids, probs = (
-        rows.values.flatten().to_numpy().reshape(num, -1 if num else 0)
-        for rows in (top_ids, top_probs)
-    )
-    if ids.shape != probs.shape or lengths.sum() != num:
-        raise ValueError("top_ids, top_probs and accepted do not fit together")
-    steps = tuple(lengths[lengths > 0].tolist())
-    return Distributions(top_ids=ids, top_probs=probs, step_lengths=steps)
-
-
-def _read_columns(filesystem: pafs.FileSystem, part: str, names: list[str]) -> list[list[Any]]:
-    with _reading(part):
-        with filesystem.open_input_file(part) as file:
-            table = pq.ParquetFile(file).read(columns=names)
-        return [table[name].to_pylist() for name in names]
-
-
-@contextmanager
-def _reading(part: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise OutputError(f"{part}: cannot be read: {reason(error)}") from error
-        raise OutputError(
-            f"{part}: damaged ({reason(error)}); delete it and run the same command again: "
-            "its rows will be drawn again"
-        ) from error
-
-
-def _first_with(
-    filesystem: pafs.FileSystem, parts: list[str], prompt_id: str, sample_index: int
-) -> str:
-    key = (prompt_id, sample_index)
-    for part in parts:
-        columns = _read_columns(filesystem, part, ["prompt_id", "sample_index"])
-        if key in zip(*columns, strict=True):
-            return part
-    raise AssertionError(f"{key} is in no part")

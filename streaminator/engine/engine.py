@@ -140,13 +140,16 @@ class Engine:
             yield from self.step()
 
     def step(self) -> list[Completion]:
-        """Run one forward; returns the completions that ended with it."""
+        """Run one forward; returns the completions that ended with it.
+
+        Out of device memory, nothing has happened yet: it can be called again, after
+        `scheduler.narrow`.
+        """
         clock = _Clock(self.runner)
-        finished, self._failed = self._failed, []
         sequences = self.scheduler.schedule()
         clock.lap("schedule")
         if not sequences:
-            return finished
+            return self._take_failed()
         drafted = self._draft(sequences)
         clock.lap("draft")
         new_blocks = self.scheduler.block_manager.take_handed_out()
@@ -177,7 +180,7 @@ class Engine:
                 ended.append((sequence, reason, error))
         if self._speculator_config.spec_decoding:
             self.store.commit_all(gains)
-        finished.extend(self._retire(*end) for end in ended)
+        finished = [*self._take_failed(), *(self._retire(*end) for end in ended)]
         clock.lap("commit")
         num_new = sum(len(gain.token_ids) for gain in gains)
         if self._budget:
@@ -199,6 +202,17 @@ class Engine:
             **clock.seconds,
         )
         return finished
+
+    def take_released(self) -> list[Prompt]:
+        """Prompts given up after `scheduler.release`."""
+        released = self.scheduler.take_released()
+        for prompt in released:
+            self.store.drop(prompt)
+        return released
+
+    def _take_failed(self) -> list[Completion]:
+        failed, self._failed = self._failed, []
+        return failed
 
     def _start(self, prompt: Prompt, sample_index: int) -> Sequence:
         limit = len(prompt.token_ids) + self._sampling.max_length

@@ -61,6 +61,8 @@ class Scheduler:
         self._in_flight: set[str] = set()
         self._idle: list[tuple[int, int, str]] = []
         self._num_added = 0
+        self._num_to_release = 0
+        self._released: list[Prompt] = []
         self._computing: dict[bytes, str] = {}
 
     @property
@@ -133,11 +135,35 @@ class Scheduler:
             self._drop_partial(entry)
         self._in_flight.discard(entry.prompt.prompt_id)
         self._forget_computing(entry)
-        if entry.num_left:
+        if entry.num_left and self._num_to_release:
+            self._let_go(entry)
+        elif entry.num_left:
             self._push_idle(entry)
         else:
             self._drop_resident(entry)
             del self._open[entry.prompt.prompt_id]
+
+    def release(self, num: int) -> None:
+        """Give up `num` prompts: those not in flight now, then others between two completions."""
+        self._num_to_release = num
+        while self._num_to_release and self._idle:
+            # The lowest priority is somewhere among the leaves; the heap is small.
+            item = max(self._idle)
+            self._idle.remove(item)
+            self._let_go(self._open[item[2]])
+        heapq.heapify(self._idle)
+
+    def take_released(self) -> list[Prompt]:
+        """The prompts given up since the last call; nothing of them is kept."""
+        released, self._released = self._released, []
+        return released
+
+    def narrow(self) -> int:
+        """Halve the stream, the youngest sequences wait; returns the new width."""
+        self.stream_width = max(1, self.stream_width // 2)
+        while len(self.running) > self.stream_width:
+            self._preempt(self.running[-1])
+        return self.stream_width
 
     def check_integrity(self) -> None:
         """Raise AssertionError when a block or a prompt is lost or held twice."""
@@ -148,6 +174,13 @@ class Scheduler:
         tables = [s.block_table for s in flying]
         tables += [entry.resident_blocks for entry in self._open.values()]
         self.block_manager.check_integrity(tables)
+
+    def _let_go(self, entry: _OpenPrompt) -> None:
+        self._drop_resident(entry)
+        self._forget_computing(entry)
+        del self._open[entry.prompt.prompt_id]
+        self._released.append(entry.prompt)
+        self._num_to_release -= 1
 
     def _push_idle(self, entry: _OpenPrompt) -> None:
         heapq.heappush(self._idle, (-entry.num_left, entry.order, entry.prompt.prompt_id))

@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from streaminator.config import SpeculatorConfig
+from streaminator.data.finished import read_distributions, read_finished
 from streaminator.data.parquet import (
     COMPLETIONS,
     PartWriter,
     completion_row,
-    read_distributions,
-    read_finished,
 )
 from streaminator.engine.engine import Engine
 from streaminator.engine.model_runner import ModelRunner

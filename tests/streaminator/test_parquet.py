@@ -12,13 +12,13 @@ import pytest
 from pyarrow import fs as pafs
 
 from streaminator.data.files import clean_temp_files, open_output
+from streaminator.data.finished import read_finished
 from streaminator.data.parquet import (
     COMPLETIONS,
     STEPS,
     PartWriter,
     completion_row,
     completions_schema,
-    read_finished,
     step_row,
 )
 from streaminator.errors import ConfigError, OutputError
@@ -200,7 +200,8 @@ def test_a_uri_is_written_like_a_path(tmp_path):
 
 def test_a_file_system_without_rename_gets_whole_parts(tmp_path, monkeypatch):
     remote = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
-    monkeypatch.setattr("streaminator.data.parquet.resolve", lambda uri: (remote, uri))
+    for module in ("parquet", "finished"):
+        monkeypatch.setattr(f"streaminator.data.{module}.resolve", lambda uri: (remote, uri))
     with make_writer("run/completions") as writer:
         writer.write(make_row())
     assert read_finished("run") == {"p": {0: [5, 6, 7]}}

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run has on disk already: which completions (`Finished`), and their tokens.
+
+Invariants
+- `Finished` keeps per finished prompt 8 bytes, a hash of its id; only prompts with some completions there and some
+  missing are kept by name, and a run has at most its workers' windows of them.
+- A completion that is in two parts is refused.
+
+Used by: the driver, when a run is resumed; workers that go on with a prompt.
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from streaminator.data.files import list_parts, reason, resolve
+from streaminator.errors import OutputError
+from streaminator.sequence import Distributions, Prompt
+
+
+def stable_hash(prompt_id: str) -> int:
+    """64 bits, the same in every process and run."""
+    return int.from_bytes(blake2b(prompt_id.encode(), digest_size=8).digest(), "little")
+
+
+@dataclass(slots=True)
+class _Partial:
+    sample_indices: set[int] = field(default_factory=set)
+    parts: list[str] = field(default_factory=list)
+
+
+class Finished:
+    """The completions of a run that need not be drawn again."""
+
+    def __init__(self, run: str, num_completions: int) -> None:
+        """Read ids only. Raises: OutputError for a part that cannot be read, or a duplicate."""
+        self.num_completions = 0
+        """Rows on disk."""
+        self._partial: dict[str, _Partial] = {}
+        self._num_wanted = num_completions
+        filesystem, parts = _parts(run, None)
+        complete = array("Q")
+        for part in parts:
+            columns = _columns(filesystem, part, ["prompt_id", "sample_index"])
+            self.num_completions += len(columns[0])
+            for prompt_id, sample_index in zip(*columns, strict=True):
+                partial = self._partial.setdefault(prompt_id, _Partial())
+                if sample_index in partial.sample_indices:
+                    self._refuse(filesystem, parts, prompt_id, sample_index)
+                partial.sample_indices.add(sample_index)
+                name = part.rpartition("/")[2]
+                if name not in partial.parts:
+                    partial.parts.append(name)
+                if len(partial.sample_indices) == num_completions:
+                    complete.append(stable_hash(prompt_id))
+                    del self._partial[prompt_id]
+        self._complete = np.unique(np.array(complete, np.uint64))
+        # A prompt that was complete and then appeared again.
+        for prompt_id, partial in self._partial.items():
+            if self._is_complete(prompt_id):
+                index = min(partial.sample_indices)
+                self._refuse(filesystem, parts, prompt_id, index)
+        if len(self._complete) < len(complete):
+            raise OutputError(
+                f"{run}: holds every completion of some prompts twice; choose another --run_id"
+            )
+
+    def left(self, prompt: Prompt) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """The completions still to draw, and the parts that hold the others."""
+        if self._is_complete(prompt.prompt_id):
+            return (), ()
+        partial = self._partial.get(prompt.prompt_id)
+        if partial is None:
+            return prompt.sample_indices, ()
+        missing = tuple(i for i in prompt.sample_indices if i not in partial.sample_indices)
+        return missing, tuple(partial.parts)
+
+    def _is_complete(self, prompt_id: str) -> bool:
+        key = np.uint64(stable_hash(prompt_id))
+        place = int(np.searchsorted(self._complete, key))
+        return place < len(self._complete) and self._complete[place] == key
+
+    @staticmethod
+    def _refuse(
+        filesystem: pafs.FileSystem, parts: list[str], prompt_id: str, sample_index: int
+    ) -> NoReturn:
+        first = _first_with(filesystem, parts, prompt_id, sample_index)
+        last = _first_with(filesystem, parts[::-1], prompt_id, sample_index)
+        raise OutputError(
+            f"{last}: completion {sample_index} of prompt {prompt_id} is in {first} too; "
+            "delete one of the two: its other rows will be drawn again"
+        )
+
+
+def read_finished(run: str, names: Sequence[str] | None = None) -> dict[str, dict[int, list[int]]]:
+    """{prompt_id: {sample_index: token_ids}} of a run's folder or URI, failed completions included.
+
+    Args:
+        run: the run's folder.
+        names: parts to read; default: all.
+
+    Raises: OutputError for a part that cannot be read, and for a completion that is there twice.
+    """
+    filesystem, parts = _parts(run, names)
+    finished: dict[str, dict[int, list[int]]] = {}
+    for part in parts:
+        columns = _columns(filesystem, part, ["prompt_id", "sample_index", "token_ids"])
+        for prompt_id, sample_index, token_ids in zip(*columns, strict=True):
+            samples = finished.setdefault(prompt_id, {})
+            if sample_index in samples:
+                first = _first_with(filesystem, parts, prompt_id, sample_index)
+                raise OutputError(
+                    f"{part}: completion {sample_index} of prompt {prompt_id} is in {first} too; "
+                    "delete one of the two: its other rows will be drawn again"
+                )
+            samples[sample_index] = token_ids
+    return finished
+
+
+def read_distributions(
+    run: str, prompt_ids: AbstractSet[str], names: Sequence[str] | None = None
+) -> dict[str, dict[int, Distributions]]:
+    """{prompt_id: {sample_index: distributions}} of the rows of these prompts that hold them.
+
+    Args:
+        run: the run's folder.
+        prompt_ids: the prompts.
+        names: parts to look into; default: all.
+
+    Raises: OutputError for a part that cannot be read.
+    """
+    filesystem, parts = _parts(run, names)
+    kept: dict[str, dict[int, Distributions]] = {}
+    for part in parts if prompt_ids else []:
+        # Few parts hold a prompt that is not finished, and these columns are large.
+        if prompt_ids.isdisjoint(_columns(filesystem, part, ["prompt_id"])[0]):
+            continue
+        with _reading(part), filesystem.open_input_file(part) as file:
+            wanted = ["prompt_id", "sample_index", "num_completion_tokens", "accepted"]
+            wanted += ["top_ids", "top_probs"]
+            table = pq.ParquetFile(file).read(columns=wanted)
+            if "top_ids" not in table.column_names:  # older than this column
+                continue
+            is_wanted = pc.field("prompt_id").isin(list(prompt_ids))
+            table = table.filter(is_wanted & pc.field("top_ids").is_valid())
+            for columns in zip(*(table[name] for name in wanted), strict=True):
+                prompt_id, sample_index, num, accepted = (value.as_py() for value in columns[:4])
+                samples = kept.setdefault(prompt_id, {})
+                samples[sample_index] = _distributions(num, accepted, *columns[4:])
+    return kept
+
+
+def _distributions(
+    num: int, accepted: list[int], top_ids: pa.ListScalar, top_probs: pa.ListScalar
+) -> Distributions:
+    """Raises: ValueError where the columns do not fit together."""
+    # A step's last tokens may lie behind the completion's end.
+    ends = np.minimum(np.cumsum(np.array(accepted, np.int64) + 1), num)
+    lengths = np.diff(ends, prepend=0)
+    ids, probs = (
+        rows.values.flatten().to_numpy().reshape(num, -1 if num else 0)
+        for rows in (top_ids, top_probs)
+    )
+    if ids.shape != probs.shape or lengths.sum() != num:
+        raise ValueError("top_ids, top_probs and accepted do not fit together")
+    steps = tuple(lengths[lengths > 0].tolist())
+    return Distributions(top_ids=ids, top_probs=probs, step_lengths=steps)
+
+
+def _columns(filesystem: pafs.FileSystem, part: str, names: list[str]) -> list[list[Any]]:
+    with _reading(part):
+        with filesystem.open_input_file(part) as file:
+            table = pq.ParquetFile(file).read(columns=names)
+        return [table[name].to_pylist() for name in names]
+
+
+def _parts(run: str, names: Sequence[str] | None) -> tuple[pafs.FileSystem, list[str]]:
+    filesystem, path = resolve(run)
+    folder = f"{path}/completions"
+    if names is None:
+        return filesystem, list_parts(filesystem, folder)
+    return filesystem, [f"{folder}/{name}" for name in names]
+
+
+@contextmanager
+def _reading(part: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise OutputError(f"{part}: cannot be read: {reason(error)}") from error
+        raise OutputError(
+            f"{part}: damaged ({reason(error)}); delete it and run the same command again: "
+            "its rows will be drawn again"
+        ) from error
+
+
+def _first_with(
+    filesystem: pafs.FileSystem, parts: list[str], prompt_id: str, sample_index: int
+) -> str:
+    key = (prompt_id, sample_index)
+    for part in parts:
+        columns = _columns(filesystem, part, ["prompt_id", "sample_index"])
+        if key in zip(*columns, strict=True):
+            return part
+    raise AssertionError(f"{key} is in no part")

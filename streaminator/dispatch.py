@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which worker gets which prompt, and what becomes of the prompts of a worker that is lost.
+
+    source --> queues (one per home worker) --> worker --> parts published --> done
+                        ^-- loose: given back, or left by a lost worker --'
+                        ^-- suspects: run alone --> poison: failed rows
+
+Invariants
+- A prompt is in one place: a queue, loose, suspects, or the works of one worker. It leaves a worker
+  when all its completions are published, when the worker gives it back, or when the worker is given
+  up. So two workers never draw the same prompt (affinity), and nothing is drawn twice.
+- A part is published on the report of a worker that is not given up; the pool delivers no report
+  of one that is. A fenced worker can go on writing where nobody looks.
+- A prompt belongs to the worker that a stable hash of its id names; others take it while it is not
+  started and they have nothing else.
+- Bounded: a worker holds at most `2 * stream_width` open prompts, the queues together
+  `_LOOKAHEAD` of these windows per worker; the dataset is read as the queues run low.
+- Nothing waits for a worker that is not there.
+
+Used by: `driver`.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from streaminator.data.finished import stable_hash
+from streaminator.errors import WorkerDiedError
+from streaminator.pool import Pool, WorkerLost, WorkerReady, WorkerReported
+from streaminator.progress import Report
+from streaminator.sequence import Prompt
+from streaminator.session import Part
+
+_LOOKAHEAD = 2
+_DEATHS_IN_COMPANY = 2
+"""Deaths of its worker after which a prompt runs alone."""
+_DEATHS_ALONE = 2
+"""Deaths that convict a prompt running alone."""
+_DEATHS_IN_A_ROW = 5
+"""Deaths without a finished completion between them after which a worker is not replaced."""
+_FIRST_REPORT = 4
+"""The first report of a worker may take this many times longer: kernels are compiled."""
+_IDLE_SECONDS = 30.0
+"""How long to wait for an event when no worker owes one."""
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """A prompt on its way."""
+
+    prompt: Prompt
+    left: set[int]
+    """Sample indices not published yet."""
+    parts: list[str]
+    """Published parts that hold completions of it."""
+    num_deaths: int = 0
+    num_deaths_alone: int = 0
+    num_retries: int = 0
+
+    def as_prompt(self) -> Prompt:
+        """What a worker is to draw."""
+        return replace(
+            self.prompt,
+            sample_indices=tuple(i for i in self.prompt.sample_indices if i in self.left),
+            finished_parts=tuple(self.parts),
+            num_retries=self.num_retries,
+        )
+
+
+class Output(Protocol):
+    """Where a dispatcher's results go."""
+
+    def publish(self, part: Part) -> None:
+        """Make a staged part visible. Raises: OutputError."""
+        ...
+
+    def record(
+        self, kind: str, *, worker: int | None, detail: str, prompt_id: str | None = None
+    ) -> None:
+        """Write down something out of the ordinary."""
+        ...
+
+    def fail(self, prompt: Prompt, why: str) -> None:
+        """Write failed rows for the completions that are left. Raises: OutputError."""
+        ...
+
+
+@dataclass(slots=True)
+class _Worker:
+    works: dict[str, Work] = field(default_factory=dict)
+    is_ready: bool = False
+    is_busy: bool = False
+    is_alone: bool = False
+    """Whether it runs a suspect."""
+    is_given_up: bool = False
+    num_open: int = 0
+    """Prompts in its stream; those that only wait to be published are not."""
+    num_unpublished: int = 0
+    num_deaths_in_a_row: int = 0
+    submitted_at: float = 0.0
+    deadline: float = math.inf
+    has_reported: bool = False
+    speed: float = 1.0
+    """Steps a second."""
+
+
+class Dispatcher:
+    """Hands out prompts until every completion is published."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        source: Iterator[Work],
+        output: Output,
+        *,
+        stream_width: int,
+        worker_timeout: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`worker_timeout`: seconds without a report after which a worker counts as hung."""
+        self._pool = pool
+        self._source: Iterator[Work] | None = source
+        self._output = output
+        self._width = stream_width
+        self._window = 2 * stream_width
+        self._timeout = worker_timeout
+        self._clock = clock
+        self._workers = [_Worker() for _ in range(pool.num_workers)]
+        self._queues: list[deque[Work]] = [deque() for _ in self._workers]
+        self._num_queued = 0
+        self._loose: deque[Work] = deque()
+        self._suspects: deque[Work] = deque()
+        self._share_per_speed = 0.0
+        """Open prompts a worker should have of all that are left, by its speed."""
+
+    def run(self) -> Iterator[Report]:
+        """Yields the workers' reports, and negative ones for what a lost worker had not published.
+
+        Raises: WorkerDiedError when no worker is left; OutputError; InputError of a worker.
+        """
+        self._read_on()
+        while self._num_queued or self._loose or self._suspects or self._num_working:
+            self._hand_out()
+            event = self._pool.next_event(max(0.0, self._next_deadline() - self._clock()))
+            if event is None:
+                yield from self._lose_hung()
+            # All that have something to say are heard first: the rest is shared out among them.
+            while event is not None:
+                if isinstance(event, WorkerReady):
+                    self._workers[event.worker].is_ready = True
+                elif isinstance(event, WorkerReported):
+                    yield self._take_in(event)
+                else:
+                    yield self._lose(event)
+                event = self._pool.next_event(0.0)
+            self._read_on()
+
+    @property
+    def _num_working(self) -> int:
+        return sum(len(worker.works) for worker in self._workers)
+
+    def _next_deadline(self) -> float:
+        soonest = min(worker.deadline for worker in self._workers)
+        return min(soonest, self._clock() + _IDLE_SECONDS)
+
+    def _read_on(self) -> None:
+        """Fill the queues from the dataset, as far as they go."""
+        room = _LOOKAHEAD * self._window * len(self._workers)
+        while self._source is not None and self._num_queued < room:
+            work = next(self._source, None)
+            if work is None:
+                self._source = None
+                return
+            self._queues[home_worker(work.prompt.prompt_id, len(self._queues))].append(work)
+            self._num_queued += 1
+
+    def _hand_out(self) -> None:
+        """Let every worker go on that waits and has, or gets, something to do."""
+        free = [
+            i for i, worker in enumerate(self._workers) if worker.is_ready and not worker.is_busy
+        ]
+        company = [w for w in self._workers if w.is_ready and not w.is_alone]
+        num_left = sum(w.num_open for w in company) + self._num_queued + len(self._loose)
+        self._share_per_speed = num_left / max(sum(w.speed for w in company), 1e-9)
+        # The fastest first: what a slow one gave back is not for itself.
+        for index in sorted(free, key=lambda i: -self._workers[i].speed):
+            worker = self._workers[index]
+            new = self._take(index)
+            for work in new:
+                worker.works[work.prompt.prompt_id] = work
+            worker.num_open += len(new)
+            if worker.works:
+                self._submit(index, [work.as_prompt() for work in new])
+
+    def _submit(self, index: int, prompts: list[Prompt]) -> None:
+        worker = self._workers[index]
+        has_more = bool(self._num_queued or self._loose) and not worker.is_alone
+        min_open = self._window - self._width // 2 if has_more else 0
+        num_to_release = 0 if has_more or self._suspects else self._num_to_release(worker)
+        worker.is_busy = True
+        worker.submitted_at = self._clock()
+        patience = self._timeout * (1 if worker.has_reported else _FIRST_REPORT)
+        worker.deadline = worker.submitted_at + patience
+        self._pool.submit(index, prompts, min_open, num_to_release)
+
+    def _take(self, index: int) -> list[Work]:
+        """Prompts for a worker: those others left, its own, then others' that they would start last."""
+        worker = self._workers[index]
+        if worker.is_alone:
+            return []
+        taken: list[Work] = []
+        room = self._window - worker.num_open
+        if self._source is None:
+            share = math.ceil(self._share_per_speed * worker.speed)
+            room = min(room, max(share, int(not worker.works)) - worker.num_open)
+        while len(taken) < room:
+            if self._loose:
+                taken.append(self._loose.popleft())
+                continue
+            queue = self._queues[index] or max(self._queues, key=len)
+            if not queue:
+                break
+            taken.append(queue.popleft() if queue is self._queues[index] else queue.pop())
+            self._num_queued -= 1
+        if not taken and not worker.works and self._suspects:
+            taken.append(self._suspects.popleft())
+            worker.is_alone = True
+        return taken
+
+    def _num_to_release(self, worker: _Worker) -> int:
+        """In the tail: prompts that others, who have none, would finish sooner."""
+        idle = [w.speed for w in self._workers if w.is_ready and not w.works]
+        if worker.is_alone or not idle:
+            return 0
+        keep = math.floor(self._share_per_speed * worker.speed + 0.5)
+        if max(idle) < 1.5 * worker.speed:
+            keep = max(keep, 1)  # moving the last one would gain nothing
+        return max(0, worker.num_open - keep)
+
+    def _take_in(self, event: WorkerReported) -> Report:
+        worker, result = self._workers[event.worker], event.result
+        worker.is_busy, worker.has_reported, worker.deadline = False, True, math.inf
+        worker.num_open = result.num_open_prompts
+        seconds = self._clock() - worker.submitted_at
+        if result.report.num_steps > 1 and seconds > 0:
+            worker.speed = result.report.num_steps / seconds
+        num_done = result.report.num_finished + result.report.num_failed
+        if num_done:
+            worker.num_deaths_in_a_row = 0
+        worker.num_unpublished += num_done
+        for part in result.parts:
+            self._output.publish(part)
+            self._count_published(worker, part)
+        for kind, detail in result.events:
+            self._output.record(kind, worker=event.worker, detail=detail)
+        for prompt_id in result.released:
+            self._loose.append(worker.works.pop(prompt_id))
+        if not worker.works:
+            worker.is_alone = False
+        return result.report
+
+    def _count_published(self, worker: _Worker, part: Part) -> None:
+        worker.num_unpublished -= len(part.keys)
+        name = part.path.rpartition("/")[2]
+        for prompt_id, sample_index in part.keys:
+            work = worker.works[prompt_id]
+            work.left.remove(sample_index)
+            if not work.parts or work.parts[-1] != name:
+                work.parts.append(name)
+            if not work.left:
+                del worker.works[prompt_id]
+
+    def _lose_hung(self) -> Iterator[Report]:
+        now = self._clock()
+        for index, worker in enumerate(self._workers):
+            if worker.deadline <= now:
+                why = f"no report for {now - worker.submitted_at:.0f} s"
+                yield self._lose(WorkerLost(index, why), kind="worker hung")
+
+    def _lose(self, event: WorkerLost, kind: str = "worker died") -> Report:
+        """Give a worker up for good, pass on its prompts and ask for a replacement."""
+        index, before = event.worker, self._workers[event.worker]
+        # From here on nothing of it is heard, whatever it does: this is the fence.
+        self._pool.kill(index)
+        self._output.record(kind, worker=index, detail=event.why)
+        num_deaths = before.num_deaths_in_a_row + (not before.is_alone)
+        after = self._workers[index] = _Worker(speed=before.speed, num_deaths_in_a_row=num_deaths)
+        for work in before.works.values():
+            work.num_retries += 1
+            self._pass_on(work, index, event, was_alone=before.is_alone)
+        if num_deaths < _DEATHS_IN_A_ROW:
+            self._pool.start(index)
+        else:
+            after.is_given_up = True
+            detail = f"lost {num_deaths} times in a row; the last time: {event.why}"
+            self._output.record("worker given up", worker=index, detail=detail)
+            if all(worker.is_given_up for worker in self._workers):
+                raise WorkerDiedError(f"worker {index} {detail}; no worker is left")
+        return Report(num_finished=-before.num_unpublished)
+
+    def _pass_on(self, work: Work, index: int, event: WorkerLost, *, was_alone: bool) -> None:
+        if not event.is_node_lost:
+            work.num_deaths += 1
+            work.num_deaths_alone += was_alone
+        if work.num_deaths_alone >= _DEATHS_ALONE:
+            why = f"its worker was lost {work.num_deaths} times, the last time: {event.why}"
+            self._output.fail(work.as_prompt(), why)
+            self._output.record(
+                "prompt failed", worker=index, detail=why, prompt_id=work.prompt.prompt_id
+            )
+        elif work.num_deaths >= _DEATHS_IN_COMPANY:
+            self._suspects.append(work)
+        else:
+            self._loose.append(work)
+
+
+def home_worker(prompt_id: str, num_workers: int) -> int:
+    """The worker a prompt belongs to; the same in every process and run."""
+    return stable_hash(prompt_id) % num_workers
