@@ -359,7 +359,7 @@ def learn(
                 if use_shared:
                     find_all(rows, shared, keys, FIRST_SHARED, found[1])
                 learn_mixing(rows, (own, shared), num_tiers, found, text[end], mixing)
-                # Where distributions are stored the factors lost (DECISIONS 0017).
+                # Where distributions are stored the factors lost (DECISIONS 0018).
                 if noise_hits.shape[1] == 1:
                     size, rest, _, _, _ = _mix_tier(
                         rows, own, 0, keys, 0, mixing, own_seen, own[CLOCK], recency, tokens,
