@@ -68,13 +68,12 @@ class StepCosts:
         """Learn from a step: half of the surprise is everywhere's, half its neighbours'."""
         if self._is_fixed:
             return
-        predicted = float(self(np.array(num_tokens)))
-        limit = _SURPRISE * predicted
-        surprise = _RATE * min(max(seconds - predicted, -limit), limit)
+        surprise = seconds / float(self(np.array(num_tokens))) - 1
+        factor = 1 + _RATE * min(max(surprise, -_SURPRISE), _SURPRISE)
         index = np.arange(len(self._sizes))
         distance = np.abs(index - np.interp(num_tokens, self._sizes, index))
-        shares = 0.5 + 0.5 * np.maximum(1 - distance, 0)
-        self._seconds = np.maximum(self._seconds + surprise * shares, 1e-9)
+        # As a factor: most of what changes while running is how fast the machine is.
+        self._seconds *= factor ** (0.5 + 0.5 * np.maximum(1 - distance, 0))
 
 
 class DraftBudget:

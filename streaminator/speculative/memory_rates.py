@@ -52,6 +52,7 @@ RECENCY_SHAPE = (NUM_AGES, 3)
 _RATE = 0.1
 
 _MEMORY = 4096.0  # observations after which a learned rate halves its past
+_HITS_MEMORY = 256.0  # a hit rate: it climbs from generation to generation
 
 _NOISE_ROW, _NOISE_TOKEN = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
 _SHIFT12 = np.uint64(12)
@@ -193,7 +194,8 @@ def learn_hits(state: Ints, predictions: Ints, new: Ints, hits: Floats, noise_hi
         for index in (bucket, coarse, coarsest):
             hits[index, 0] += 1.0
             hits[index, 1] += 1.0 if hit else 0.0
-            _decay(hits[index])
+            if hits[index, 0] > _HITS_MEMORY:
+                hits[index] *= 0.5
         match = bucket // (RUN_BINS * NUM_SHARES)
         for j in range(noise_hits.shape[1]):
             noise_hits[match, j] *= 1 - 1 / _MEMORY
