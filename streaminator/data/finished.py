@@ -25,7 +25,7 @@ from pyarrow import fs as pafs
 
 from streaminator.data.files import list_parts, reason, resolve
 from streaminator.errors import OutputError
-from streaminator.sequence import Distributions, Prompt
+from streaminator.sequence import Distributions, FinishReason, Prompt
 
 
 def stable_hash(prompt_id: str) -> int:
@@ -125,6 +125,25 @@ def read_finished(run: str, names: Sequence[str] | None = None) -> dict[str, dic
                 )
             samples[sample_index] = token_ids
     return finished
+
+
+def read_answers(
+    run: str, prompt_ids: AbstractSet[str], names: Sequence[str]
+) -> dict[str, dict[int, str | None]]:
+    """{prompt_id: {sample_index: answer}} of these prompts in these parts; failed ones have none.
+
+    Raises: OutputError for a part that cannot be read.
+    """
+    filesystem, parts = _parts(run, names)
+    answers: dict[str, dict[int, str | None]] = {}
+    for part in parts:
+        wanted = ["prompt_id", "sample_index", "finish_reason", "answer"]
+        for row in zip(*_columns(filesystem, part, wanted), strict=True):
+            prompt_id, sample_index, ended, answer = row
+            if prompt_id in prompt_ids:
+                samples = answers.setdefault(prompt_id, {})
+                samples[sample_index] = None if ended == FinishReason.FAILED else answer
+    return answers
 
 
 def read_distributions(
