@@ -205,6 +205,9 @@ class SpeculatorConfig:
     prompt_training: bool = _option(True, "train each speculator on its prompt")
     generation_training: bool = _option(True, "train each speculator on its own completions")
     speculator_memory: int = _option(256, "most memory of all speculators together, MiB")
+    warm_start: str | None = _option(
+        None, "earlier run to learn from before drawing: its folder, URI, or run id in --output"
+    )
 
     def __post_init__(self) -> None:
         """Raises: ConfigError naming the setting and the allowed range."""
@@ -224,6 +227,11 @@ class SpeculatorConfig:
             raise ConfigError(
                 "--store_distributions with --num_top_tokens 0: there would be nothing to store; "
                 "give 1 or more"
+            )
+        if self.warm_start is not None and not (self.spec_decoding and self.generation_training):
+            raise ConfigError(
+                "--warm_start without speculative decoding that learns completions: nothing would "
+                "read it; leave it out, or --no_spec_decoding and --no_generation_training"
             )
         _require(self.ngram_order >= 1, "ngram_order", self.ngram_order, "1 or more")
         _require(

@@ -65,6 +65,8 @@ class Prompt:
     """One per completion of `finished`, None where they were not kept; empty: none were."""
     finished_parts: tuple[str, ...] = ()
     """Names of the published parts that hold them, for whoever has not read `finished` yet."""
+    warm_parts: tuple[str, ...] = ()
+    """Names of the parts of the run of `--warm_start` that hold completions of it."""
     num_retries: int = 0
     """Workers lost while they held the prompt."""
 

@@ -34,7 +34,7 @@ from streaminator.engine.model_runner import ModelRunner
 from streaminator.errors import DeviceError, first_line
 from streaminator.grading import Grade, is_settled, make_grader
 from streaminator.progress import Report
-from streaminator.sequence import Completion, FinishReason, Prompt, not_drawn
+from streaminator.sequence import Completion, Distributions, FinishReason, Prompt, not_drawn
 
 _MANY_PARAMETERS = 20_000_000
 """From here on a second thread pays on a CPU."""
@@ -219,23 +219,20 @@ class Session:
 
     def _with_finished(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts, with what they have drawn elsewhere for the speculator to learn from."""
-        names = sorted({name for prompt in prompts for name in prompt.finished_parts})
-        if not names:
-            return list(prompts)
-        drawn = read_finished(self._run_uri, names)
-        waiting = {prompt.prompt_id for prompt in prompts if prompt.finished_parts}
-        kept = read_distributions(self._run_uri, waiting, names)
+        warm = self._config.speculator.warm_start
+        earlier = _read_drawn(warm, {p.prompt_id: p.warm_parts for p in prompts})
+        drawn = _read_drawn(self._run_uri, {p.prompt_id: p.finished_parts for p in prompts})
         ready = []
         for prompt in prompts:
-            samples = drawn.get(prompt.prompt_id, {}) if prompt.finished_parts else {}
-            top = kept.get(prompt.prompt_id)
-            order = sorted(samples)
+            both = [*earlier.get(prompt.prompt_id, ()), *drawn.get(prompt.prompt_id, ())]
+            top = tuple(distributions for _, distributions in both)
             ready.append(
                 replace(
                     prompt,
-                    finished=tuple(tuple(samples[index]) for index in order),
-                    finished_distributions=tuple(top.get(index) for index in order) if top else (),
+                    finished=tuple(tuple(token_ids) for token_ids, _ in both),
+                    finished_distributions=top if any(top) else (),
                     finished_parts=(),
+                    warm_parts=(),
                 )
             )
         return ready
@@ -345,3 +342,22 @@ class Session:
             num_slots_sum=self._config.engine.stream_width,
             device_memory=stats.device_memory,
         )
+
+
+def _read_drawn(
+    run: str | None, parts_of: dict[str, tuple[str, ...]]
+) -> dict[str, list[tuple[list[int], Distributions | None]]]:
+    """{prompt_id: [(token ids, what the model gave)]} in sample order, from a run's parts."""
+    waiting = {prompt_id for prompt_id, parts in parts_of.items() if parts}
+    names = sorted({name for parts in parts_of.values() for name in parts})
+    if run is None or not names:
+        return {}
+    drawn = read_finished(run, names)
+    kept = read_distributions(run, waiting, names)
+    return {
+        prompt_id: [
+            (token_ids, kept.get(prompt_id, {}).get(index))
+            for index, token_ids in sorted(drawn.get(prompt_id, {}).items())
+        ]
+        for prompt_id in waiting
+    }

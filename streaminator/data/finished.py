@@ -5,6 +5,7 @@ Invariants
 - `Finished` keeps per finished prompt 8 bytes, a hash of its id; only prompts with some completions there and some
   missing are kept by name, and a run has at most its workers' windows of them.
 - A completion that is in two parts is refused.
+- `EarlierRun` keeps 12 bytes per prompt and part that holds it.
 
 Used by: the driver, when a run is resumed; workers that go on with a prompt.
 """
@@ -100,6 +101,29 @@ class Finished:
             f"{last}: completion {sample_index} of prompt {prompt_id} is in {first} too; "
             "delete one of the two: its other rows will be drawn again"
         )
+
+
+class EarlierRun:
+    """Which parts of a run hold completions of a prompt."""
+
+    def __init__(self, run: str) -> None:
+        """Read ids only. Raises: OutputError for a part that cannot be read."""
+        filesystem, parts = _parts(run, None)
+        self._names = [part.rpartition("/")[2] for part in parts]
+        hashes, numbers = array("Q"), array("I")
+        for number, part in enumerate(parts):
+            for prompt_id in set(_columns(filesystem, part, ["prompt_id"])[0]):
+                hashes.append(stable_hash(prompt_id))
+                numbers.append(number)
+        order = np.argsort(np.array(hashes, np.uint64), kind="stable")
+        self._hashes = np.array(hashes, np.uint64)[order]
+        self._numbers = np.array(numbers, np.uint32)[order]
+
+    def parts_of(self, prompt_id: str) -> tuple[str, ...]:
+        """Names of the parts, none for a prompt the run does not have."""
+        key = np.uint64(stable_hash(prompt_id))
+        start, end = (np.searchsorted(self._hashes, key, side) for side in ("left", "right"))
+        return tuple(self._names[number] for number in self._numbers[start:end])
 
 
 def read_finished(run: str, names: Sequence[str] | None = None) -> dict[str, dict[int, list[int]]]:

@@ -16,7 +16,6 @@ import pytest
 
 from jobs.sample import main
 from streaminator.cli import main_program
-from streaminator.grading import is_settled
 from streaminator.speculative.memory import Memory
 
 ROOT = Path(__file__).parents[2]
@@ -117,62 +116,6 @@ def test_a_resumed_run_learns_from_the_stored_distributions(tmp_path, undisturbe
     assert sorted(resumed) == [[name, first, second] for (name, _, first), (_, _, second) in both]
     # This time the flag was off: the columns are there, and null.
     assert rows(tmp_path, columns) == [(*r[:2], None, None) if r[1] == 2 else r for r in stored]
-
-
-SETTLING = ["--num_completions", "8", "--max_length", "48", "--temperature", "0.5"]
-SETTLING += ["--stop_when_settled", "0.8"]
-ANSWERS = "prompt_id, sample_index, finish_reason, token_ids, answer"
-
-
-@pytest.fixture(scope="session")
-def settled(tmp_path_factory) -> list[tuple]:
-    return [row[:4] for row in draw_answers(tmp_path_factory.mktemp("settled"), *SETTLING)]
-
-
-def draw_answers(output: Path, *flags: str) -> list[tuple]:
-    draw(output, *flags)
-    return rows(output, ANSWERS)
-
-
-def test_settled_prompts_draw_the_first_completions_and_account_for_the_rest(tmp_path, settled):
-    expected, answers = [], {}
-    for prompt_id, index, reason, ids, answer in draw_answers(tmp_path, *SETTLING[:-2]):
-        seen = answers.setdefault(prompt_id, [])
-        is_drawn = not is_settled(seen, 0.8)
-        seen.append(answer)
-        end = (reason, ids) if is_drawn else ("settled", [])
-        expected.append((prompt_id, index, *end))
-    assert settled == expected
-    assert 0 < sum(row[2] == "settled" for row in settled) < len(settled)
-
-
-@pytest.mark.parametrize(
-    "is_kept",
-    [
-        lambda index: index < 1,
-        lambda index: index < 2,
-        lambda index: index != 1,
-        lambda index: index not in (1, 6),
-        lambda index: index != 7,
-    ],
-    ids=["first", "two", "a gap", "two gaps", "all but the last"],
-)
-def test_a_settled_prompt_stays_settled_when_the_run_is_resumed(tmp_path, settled, is_kept):
-    draw(tmp_path, *SETTLING, "--stream_width", "3")
-    assert [row[:4] for row in rows(tmp_path, ANSWERS)] == settled
-    for part in tmp_path.glob("*/completions/*.parquet"):
-        table = pq.read_table(part)
-        mask = [is_kept(index) for index in table["sample_index"].to_pylist()]
-        pq.write_table(table.filter(mask), part)
-    assert [row[:4] for row in draw_answers(tmp_path, *SETTLING)] == settled
-
-
-def test_the_table_says_what_settling_saved(tmp_path, settled, capsys):
-    draw(tmp_path, *SETTLING)
-    num = sum(row[2] == "settled" for row in settled)
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("settled")]
-    assert f" {num} of " in line
-    assert "tokens" in line
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -355,6 +298,8 @@ def run_main(capsys, *flags: str) -> tuple[int, str]:
         (["--address", "127.0.0.1:1"], ["--address", "--num_workers 0"]),
         (["--grader", "nowhere:f"], ["nowhere:f"]),
         (["--stop_when_settled", "0.9", "--grader", "none"], ["--stop_when_settled", "--grader"]),
+        (["--warm_start", "nowhere"], ["--warm_start nowhere", "no run"]),
+        (["--warm_start", "r", "--no_spec_decoding"], ["--warm_start"]),
         (["--stop_when_settled", "1"], ["--stop_when_settled 1.0"]),
         (["--metadata_columns", "text"], ["--metadata_columns text"]),
         (["--run_id", "../up"], ["--run_id"]),
