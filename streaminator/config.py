@@ -123,6 +123,11 @@ class DataConfig:
     grader: str | None = _option(
         None, "grader: gsm8k, boxed, none, or module:function; default: by the answers"
     )
+    stop_when_settled: float | None = _option(
+        None,
+        "draw no more of a prompt once its most frequent answer leads with this chance, say 0.95",
+        tokens=True,
+    )
 
     def __post_init__(self) -> None:
         """Raises: ConfigError naming the setting and the allowed range."""
@@ -134,6 +139,18 @@ class DataConfig:
         )
         _require(self.num_completions >= 1, "num_completions", self.num_completions, "1 or more")
         _require(self.num_few_shot >= 1, "num_few_shot", self.num_few_shot, "1 or more")
+        settled = self.stop_when_settled
+        _require(
+            settled is None or 0.5 <= settled < 1,
+            "stop_when_settled",
+            settled,
+            "at least 0.5 and below 1",
+        )
+        if settled is not None and self.grader == "none":
+            raise ConfigError(
+                "--stop_when_settled with --grader none: there are no answers to count; choose "
+                "another grader"
+            )
         if self.prompt_template is not None and "{question}" not in self.prompt_template:
             raise ConfigError("--prompt_template: must contain {question}")
 
@@ -188,6 +205,9 @@ class SpeculatorConfig:
     prompt_training: bool = _option(True, "train each speculator on its prompt")
     generation_training: bool = _option(True, "train each speculator on its own completions")
     speculator_memory: int = _option(256, "most memory of all speculators together, MiB")
+    warm_start: str | None = _option(
+        None, "earlier run to learn from before drawing: its folder, URI, or run id in --output"
+    )
 
     def __post_init__(self) -> None:
         """Raises: ConfigError naming the setting and the allowed range."""
@@ -207,6 +227,11 @@ class SpeculatorConfig:
             raise ConfigError(
                 "--store_distributions with --num_top_tokens 0: there would be nothing to store; "
                 "give 1 or more"
+            )
+        if self.warm_start is not None and not (self.spec_decoding and self.generation_training):
+            raise ConfigError(
+                "--warm_start without speculative decoding that learns completions: nothing would "
+                "read it; leave it out, or --no_spec_decoding and --no_generation_training"
             )
         _require(self.ngram_order >= 1, "ngram_order", self.ngram_order, "1 or more")
         _require(

@@ -16,14 +16,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from streaminator.config import JobConfig
 from streaminator.data.files import hold
-from streaminator.data.finished import Finished
+from streaminator.data.finished import EarlierRun, Finished
 from streaminator.data.parquet import completions_schema
 from streaminator.data.prompts import load_prompts
 from streaminator.dispatch import Dispatcher, Work
@@ -36,6 +36,7 @@ from streaminator.run_output import RunOutput
 from streaminator.run_record import (
     Run,
     check_run,
+    find_earlier_run,
     open_run,
     resolve_run_id,
     tokenizer_fingerprint,
@@ -68,11 +69,15 @@ def _sample(config: JobConfig, make_pool: Callable[[JobConfig], Pool]) -> Summar
     completions_schema(config.data.metadata_columns)  # refuses names that are taken
     make_grader(config.data)
     tokenizer = load_tokenizer(config.model)
-    dataset = _check_dataset(config, tokenizer)
+    vocabulary = tokenizer_fingerprint(tokenizer)
+    earlier_uri = find_earlier_run(config, run_id, vocabulary)
+    earlier = None if earlier_uri is None else EarlierRun(earlier_uri)
+    config = replace(config, speculator=replace(config.speculator, warm_start=earlier_uri))
+    dataset = _check_dataset(config, tokenizer, earlier)
     _check_blocks(config, dataset.longest)
     fingerprints = {
         "model": model_fingerprint(config.model),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "tokenizer": vocabulary,
         "prompts": dataset.fingerprint,
         "grader": grader_fingerprint(config.data),
     }
@@ -89,7 +94,7 @@ def _sample(config: JobConfig, make_pool: Callable[[JobConfig], Pool]) -> Summar
                 fingerprints=fingerprints,
                 gpus=[name for name in pool.device_names if name != "cpu"],
             )
-            _draw(config, pool, run, dataset, log)
+            _draw(config, pool, run, dataset, earlier, log)
         summary = summarise(run.uri)
     except BaseException:
         if log is not None:
@@ -121,18 +126,36 @@ class _Dataset:
     fingerprint: str
 
 
-def _check_dataset(config: JobConfig, tokenizer: "PreTrainedTokenizerBase") -> _Dataset:
+def _check_dataset(
+    config: JobConfig, tokenizer: "PreTrainedTokenizerBase", earlier: EarlierRun | None
+) -> _Dataset:
     """Read every row once: whatever is wrong with it is found before anything is started."""
     digest = blake2b(digest_size=8)
-    num_prompts = longest = 0
+    num_prompts = longest = num_warm = 0
     for prompt in load_prompts(config.data, tokenizer):
         digest.update(f"{prompt.prompt_id}\0{prompt.token_ids}\n".encode())
         num_prompts += 1
         longest = max(longest, len(prompt.token_ids))
+        num_warm += earlier is not None and bool(earlier.parts_of(prompt.prompt_id))
+    if earlier is not None:
+        source = config.speculator.warm_start
+        if not num_warm:
+            raise ConfigError(
+                f"--warm_start {source}: has none of these prompts, by id; leave it out, or set "
+                "--id_column as it was"
+            )
+        _say(f"{num_warm:,} of {num_prompts:,} prompts start warm from {source}")
     return _Dataset(num_prompts, longest, digest.hexdigest())
 
 
-def _draw(config: JobConfig, pool: Pool, run: Run, dataset: _Dataset, log: WandbLog | None) -> None:
+def _draw(
+    config: JobConfig,
+    pool: Pool,
+    run: Run,
+    dataset: _Dataset,
+    earlier: EarlierRun | None,
+    log: WandbLog | None,
+) -> None:
     output = RunOutput(config, run, _say)
     finished = Finished(run.uri, config.data.num_completions)
     num_total = dataset.num_prompts * config.data.num_completions
@@ -140,7 +163,7 @@ def _draw(config: JobConfig, pool: Pool, run: Run, dataset: _Dataset, log: Wandb
     width = config.engine.stream_width
     dispatcher = Dispatcher(
         pool,
-        _left_to_draw(config, finished),
+        _left_to_draw(config, finished, earlier),
         output,
         stream_width=width,
         worker_timeout=config.cluster.worker_timeout,
@@ -156,11 +179,15 @@ def _draw(config: JobConfig, pool: Pool, run: Run, dataset: _Dataset, log: Wandb
                 log.log(report)
 
 
-def _left_to_draw(config: JobConfig, finished: Finished) -> Iterator[Work]:
+def _left_to_draw(
+    config: JobConfig, finished: Finished, earlier: EarlierRun | None
+) -> Iterator[Work]:
     """The prompts with the completions that are not on disk, in the dataset's order."""
     for prompt in load_prompts(config.data, load_tokenizer(config.model)):
         missing, parts = finished.left(prompt)
         if missing:
+            if earlier is not None:
+                prompt = replace(prompt, warm_parts=earlier.parts_of(prompt.prompt_id))
             yield Work(prompt, set(missing), list(parts))
 
 

@@ -16,10 +16,11 @@ import inspect
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from streaminator.config import DataConfig
@@ -128,6 +129,33 @@ def pass_at_k(num: int, correct: int, k: int) -> float:
     if num - correct < k:
         return 1.0
     return 1.0 - math.prod(1.0 - k / i for i in range(num - correct + 1, num + 1))
+
+
+def is_settled(answers: Iterable[str | None], threshold: float) -> bool:
+    """Whether the lead of one answer was settled after some of the first answers, or all.
+
+    Adaptive-Consistency (Aggarwal et al. 2023): completions are drawn until the chance that the
+    most frequent answer is more likely than the second exceeds `threshold`. Completions without
+    an answer do not vote.
+    """
+    votes: Counter[str] = Counter()
+    for answer in answers:
+        if answer is not None:
+            votes[answer] += 1
+            first, second, *_ = *(count for _, count in votes.most_common(2)), 0
+            if lead_chance(first, second) > threshold:
+                return True
+    return False
+
+
+@lru_cache(maxsize=4096)
+def lead_chance(first: int, second: int) -> float:
+    """P(Beta(first + 1, second + 1) > 1/2) of the two largest counts.
+
+    As a sum: at most `first` of first + second + 1 throws of a coin are heads.
+    """
+    num = first + second + 1
+    return sum(math.comb(num, heads) for heads in range(first + 1)) / 2**num
 
 
 def majority_at_k(answers: Sequence[str | None], is_correct: Sequence[bool], k: int) -> float:

@@ -9,7 +9,6 @@ Used by: `driver`.
 """
 
 import socket
-import time
 import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -28,7 +27,7 @@ from streaminator.data.files import (
 from streaminator.data.parquet import EVENTS, PartWriter, completion_row, completions_schema
 from streaminator.grading import make_grader
 from streaminator.run_record import Run
-from streaminator.sequence import Completion, FinishReason, Prompt
+from streaminator.sequence import FinishReason, Prompt, not_drawn
 from streaminator.session import STORAGE_SECONDS, Part
 
 
@@ -95,25 +94,10 @@ class RunOutput:
         if self._failed is None:
             schema = completions_schema(self._config.data.metadata_columns)
             self._failed = self._writer("completions", schema)
-        now = time.time()
         for sample_index in prompt.sample_indices:
-            completion = Completion(
-                prompt=prompt,
-                sample_index=sample_index,
-                token_ids=[],
-                text="",
-                finish_reason=FinishReason.FAILED,
-                logprobs=[],
-                from_draft=[],
-                drafted=[],
-                accepted=[],
-                started_at=now,
-                finished_at=now,
-                error=why,
-            )
             self._failed.write(
                 completion_row(
-                    completion,
+                    not_drawn(prompt, sample_index, FinishReason.FAILED, why),
                     grade=self._grade("", prompt.gold_answer),
                     worker_id="driver",
                     node=socket.gethostname(),

@@ -31,8 +31,15 @@ from pyarrow import fs as pafs
 
 from streaminator import __version__
 from streaminator.config import JobConfig, token_settings
-from streaminator.data.files import join_uri, list_parts, open_output, reason, write_whole
-from streaminator.errors import OutputError, RunMismatchError
+from streaminator.data.files import (
+    join_uri,
+    list_parts,
+    open_output,
+    reason,
+    resolve,
+    write_whole,
+)
+from streaminator.errors import ConfigError, OutputError, RunMismatchError
 
 _PACKAGES = ("torch", "transformers", "ray", "datasets", "pyarrow", "duckdb")
 _ROW_SETTINGS = {"metadata_columns", "grader"}
@@ -173,6 +180,41 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash of a tokenizer's vocabulary: where it is the same, token ids mean the same."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.blake2b(json.dumps(words).encode(), digest_size=8).hexdigest()
+
+
+def find_earlier_run(config: JobConfig, run_id: str, tokenizer: str) -> str | None:
+    """The folder or URI of the run that `--warm_start` names; None without one.
+
+    Args:
+        config: the settings.
+        run_id: the run to be drawn.
+        tokenizer: fingerprint of its tokenizer.
+
+    Raises: ConfigError when there is no such run, or its token ids mean other tokens; OutputError.
+    """
+    name, output = config.speculator.warm_start, config.run.output
+    if name is None:
+        return None
+    is_run_id = "/" not in name and not Path(name).is_dir()
+    filesystem, path = resolve(join_uri(output, name) if is_run_id else name)
+    uri = name if "://" in name else join_uri(output, name) if "://" in output else path
+    record = read_record(filesystem, path)
+    if record is None or not list_parts(filesystem, f"{path}/completions"):
+        raise ConfigError(
+            f"--warm_start {name}: no run with completions in {path}; give a run's folder or URI, "
+            "or the id of a run in --output"
+        )
+    if resolve(join_uri(output, run_id))[1] == path:
+        raise ConfigError(
+            f"--warm_start {name}: is the run to be drawn, which learns from its own rows anyway; "
+            "leave it out, or choose another --run_id"
+        )
+    if record.fingerprints.get("tokenizer") != tokenizer:
+        raise ConfigError(
+            f"--warm_start {name}: made with another vocabulary than this tokenizer's, or by a "
+            "version that did not record it; choose another run"
+        )
+    return uri
 
 
 def _fixed_settings() -> set[str]:

@@ -4,6 +4,7 @@
 Used by: everything. No torch.
 """
 
+import time
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -20,6 +21,8 @@ class FinishReason(StrEnum):
     """`max_length`, or the model's context is full."""
     FAILED = "failed"
     """It could not be drawn; `Completion.error` says why."""
+    SETTLED = "settled"
+    """It was not drawn: the answers before it were settled (`--stop_when_settled`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,6 +65,8 @@ class Prompt:
     """One per completion of `finished`, None where they were not kept; empty: none were."""
     finished_parts: tuple[str, ...] = ()
     """Names of the published parts that hold them, for whoever has not read `finished` yet."""
+    warm_parts: tuple[str, ...] = ()
+    """Names of the parts of the run of `--warm_start` that hold completions of it."""
     num_retries: int = 0
     """Workers lost while they held the prompt."""
 
@@ -142,6 +147,27 @@ class Completion:
     finished_at: float
     error: str | None = None
     distributions: Distributions | None = None
+
+
+def not_drawn(
+    prompt: Prompt, sample_index: int, reason: FinishReason, error: str | None = None
+) -> Completion:
+    """What stands for a completion without tokens."""
+    now = time.time()
+    return Completion(
+        prompt=prompt,
+        sample_index=sample_index,
+        token_ids=[],
+        text="",
+        finish_reason=reason,
+        logprobs=[],
+        from_draft=[],
+        drafted=[],
+        accepted=[],
+        started_at=now,
+        finished_at=now,
+        error=error,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ import torch
 
 from streaminator.config import JobConfig
 from streaminator.data.files import STAGING, join_uri
-from streaminator.data.finished import read_distributions, read_finished
+from streaminator.data.finished import read_answers, read_distributions, read_finished
 from streaminator.data.parquet import (
     STEPS,
     PartWriter,
@@ -32,9 +32,9 @@ from streaminator.engine.checkpoint import load_tokenizer
 from streaminator.engine.engine import Engine
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.errors import DeviceError, first_line
-from streaminator.grading import make_grader
+from streaminator.grading import Grade, is_settled, make_grader
 from streaminator.progress import Report
-from streaminator.sequence import Completion, FinishReason, Prompt
+from streaminator.sequence import Completion, Distributions, FinishReason, Prompt, not_drawn
 
 _MANY_PARAMETERS = 20_000_000
 """From here on a second thread pays on a CPU."""
@@ -95,6 +95,7 @@ class Session:
             torch.set_num_threads(num_threads)
         self._writers: list[PartWriter] = []
         self._num_left: dict[str, int] = {}
+        self._answers: dict[str, dict[int, str | None]] = {}
         self._parts: list[Part] = []
         self._events: list[tuple[str, str]] = []
 
@@ -127,7 +128,7 @@ class Session:
         self._worker_id = worker_id
         self._attempt = attempt
         self._num_steps = 0
-        self._num_left, self._parts, self._events = {}, [], []
+        self._num_left, self._answers, self._parts, self._events = {}, {}, [], []
         writer_id = f"{worker_id}-{attempt}-{uuid.uuid4().hex[:8]}"
         self._run_uri = run_uri
         self._staging = f"{STAGING}/{writer_id}"
@@ -171,11 +172,15 @@ class Session:
 
         Raises: OutputError when rows cannot be written; DeviceError when memory runs out at width 1.
         """
+        report = Report()
+        self._recall_answers(prompts)
         for prompt in self._with_finished(prompts):
             self._num_left[prompt.prompt_id] = len(prompt.sample_indices)
-            self.engine.add(prompt)
+            num_settled = self._settle(prompt)
+            report += Report(num_finished=num_settled)
+            if not num_settled:
+                self.engine.add(prompt)
         self.engine.scheduler.release(num_to_release)
-        report = Report()
         released = self._take_released()
         deadline = time.monotonic() + max_seconds
         while self.engine.has_work and not released:
@@ -214,23 +219,20 @@ class Session:
 
     def _with_finished(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts, with what they have drawn elsewhere for the speculator to learn from."""
-        names = sorted({name for prompt in prompts for name in prompt.finished_parts})
-        if not names:
-            return list(prompts)
-        drawn = read_finished(self._run_uri, names)
-        waiting = {prompt.prompt_id for prompt in prompts if prompt.finished_parts}
-        kept = read_distributions(self._run_uri, waiting, names)
+        warm = self._config.speculator.warm_start
+        earlier = _read_drawn(warm, {p.prompt_id: p.warm_parts for p in prompts})
+        drawn = _read_drawn(self._run_uri, {p.prompt_id: p.finished_parts for p in prompts})
         ready = []
         for prompt in prompts:
-            samples = drawn.get(prompt.prompt_id, {}) if prompt.finished_parts else {}
-            top = kept.get(prompt.prompt_id)
-            order = sorted(samples)
+            both = [*earlier.get(prompt.prompt_id, ()), *drawn.get(prompt.prompt_id, ())]
+            top = tuple(distributions for _, distributions in both)
             ready.append(
                 replace(
                     prompt,
-                    finished=tuple(tuple(samples[index]) for index in order),
-                    finished_distributions=tuple(top.get(index) for index in order) if top else (),
+                    finished=tuple(tuple(token_ids) for token_ids, _ in both),
+                    finished_distributions=top if any(top) else (),
                     finished_parts=(),
+                    warm_parts=(),
                 )
             )
         return ready
@@ -256,8 +258,36 @@ class Session:
     def _take_released(self) -> tuple[str, ...]:
         ids = tuple(prompt.prompt_id for prompt in self.engine.take_released())
         for prompt_id in ids:
-            del self._num_left[prompt_id]
+            self._forget(prompt_id)
         return ids
+
+    def _forget(self, prompt_id: str) -> None:
+        del self._num_left[prompt_id]
+        self._answers.pop(prompt_id, None)
+
+    def _recall_answers(self, prompts: Sequence[Prompt]) -> None:
+        """Of what was drawn elsewhere, where answers decide what is drawn."""
+        waiting = {prompt.prompt_id for prompt in prompts if prompt.finished_parts}
+        if waiting and self._config.data.stop_when_settled is not None:
+            names = sorted({name for prompt in prompts for name in prompt.finished_parts})
+            self._answers |= read_answers(self._run_uri, waiting, names)
+
+    def _settle(self, prompt: Prompt) -> int:
+        """Write rows for what is left of a prompt if its answers are settled; returns how many.
+
+        Only the answers before the next completion count, so that a row that was lost and is drawn
+        again is decided on as it was the first time.
+        """
+        threshold = self._config.data.stop_when_settled
+        left = prompt.sample_indices[-self._num_left[prompt.prompt_id] :]
+        answers = self._answers.get(prompt.prompt_id, {})
+        if threshold is None or not is_settled(map(answers.get, range(left[0])), threshold):
+            return 0
+        for sample_index in left:
+            completion = not_drawn(prompt, sample_index, FinishReason.SETTLED)
+            self._write_row(completion, Grade(None, None, None))
+        self._forget(prompt.prompt_id)
+        return len(left)
 
     def _stage(self, name: str, rows: list[dict[str, Any]]) -> None:
         keys = tuple((row["prompt_id"], row["sample_index"]) for row in rows)
@@ -265,21 +295,33 @@ class Session:
 
     def _write(self, completion: Completion) -> Report:
         prompt = completion.prompt
+        grade = self._grade(completion.text, prompt.gold_answer)
+        self._write_row(completion, grade)
+        has_failed = completion.finish_reason is FinishReason.FAILED
+        report = Report(num_finished=int(not has_failed), num_failed=int(has_failed))
+        self._num_left[prompt.prompt_id] -= 1
+        if not self._num_left[prompt.prompt_id]:
+            self._forget(prompt.prompt_id)
+            return report
+        if not has_failed:
+            answers = self._answers.setdefault(prompt.prompt_id, {})
+            answers[completion.sample_index] = grade.answer
+        num_settled = self._settle(prompt)
+        if num_settled:
+            self.engine.drop_rest(prompt)
+        return report + Report(num_finished=num_settled)
+
+    def _write_row(self, completion: Completion, grade: Grade) -> None:
         self._completions.write(
             completion_row(
                 completion,
-                grade=self._grade(completion.text, prompt.gold_answer),
+                grade=grade,
                 worker_id=self._worker_id,
                 node=socket.gethostname(),
                 attempt=self._attempt,
                 logprobs=self._config.run.logprobs,
             )
         )
-        self._num_left[prompt.prompt_id] -= 1
-        if not self._num_left[prompt.prompt_id]:
-            del self._num_left[prompt.prompt_id]
-        has_failed = completion.finish_reason is FinishReason.FAILED
-        return Report(num_finished=int(not has_failed), num_failed=int(has_failed))
 
     def _count_step(self) -> Report:
         stats, self.engine.last_step = self.engine.last_step, None
@@ -300,3 +342,22 @@ class Session:
             num_slots_sum=self._config.engine.stream_width,
             device_memory=stats.device_memory,
         )
+
+
+def _read_drawn(
+    run: str | None, parts_of: dict[str, tuple[str, ...]]
+) -> dict[str, list[tuple[list[int], Distributions | None]]]:
+    """{prompt_id: [(token ids, what the model gave)]} in sample order, from a run's parts."""
+    waiting = {prompt_id for prompt_id, parts in parts_of.items() if parts}
+    names = sorted({name for parts in parts_of.values() for name in parts})
+    if run is None or not names:
+        return {}
+    drawn = read_finished(run, names)
+    kept = read_distributions(run, waiting, names)
+    return {
+        prompt_id: [
+            (token_ids, kept.get(prompt_id, {}).get(index))
+            for index, token_ids in sorted(drawn.get(prompt_id, {}).items())
+        ]
+        for prompt_id in waiting
+    }

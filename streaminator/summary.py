@@ -5,6 +5,8 @@ Invariants
 - Nothing comes from the memory of the process that sampled: a summary of a finished, a partial
   and an empty run is made the same way, at any time, also while the run is written.
 - A figure without data is None, not 0. Completions that were not graded count in no accuracy.
+- Where completions were not drawn because answers were settled, accuracy and pass@k count only those
+  before the first such place of any prompt: later ones are of the harder prompts.
 
 Used by: the command lines at the end of a run, `streaminator.wandb_log`.
 """
@@ -34,10 +36,21 @@ PHASES = ("schedule", "draft", "pack", "forward", "sample", "verify", "commit")
 _MAX_REASONS = 3
 _TABLES = {"completions": COMPLETIONS, "steps": STEPS, "events": EVENTS}
 
-_COMPLETIONS_SQL = """
+_IS_BEFORE_SETTLED = """sample_index < coalesce(
+    (SELECT min(sample_index) FROM completions WHERE finish_reason = 'settled'), 2147483647)"""
+_COMPLETIONS_SQL = f"""
     SELECT count(DISTINCT prompt_id), count(*), count(*) FILTER (finish_reason = 'failed'),
-           coalesce(sum(num_completion_tokens), 0), count(is_correct), avg(is_correct::INT)
+           coalesce(sum(num_completion_tokens), 0),
+           count(is_correct) FILTER ({_IS_BEFORE_SETTLED}),
+           avg(is_correct::INT) FILTER ({_IS_BEFORE_SETTLED})
     FROM completions"""
+_SETTLED_SQL = """
+    SELECT coalesce(sum(num_settled), 0), count(*) FILTER (num_settled > 0),
+           sum(num_settled * mean_length) FROM (
+        SELECT count(*) FILTER (finish_reason = 'settled') AS num_settled,
+               avg(num_completion_tokens) FILTER (finish_reason IN ('stop', 'length'))
+                   AS mean_length
+        FROM completions GROUP BY prompt_id)"""
 _REASONS_SQL = f"""
     SELECT coalesce(error, 'no reason recorded'), count(*) FROM completions
     WHERE finish_reason = 'failed' GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT {_MAX_REASONS}"""
@@ -49,10 +62,14 @@ _ACCEPTANCE = "sum(num_accepted_tokens) / nullif(sum(num_draft_tokens), 0)"
 _TOKENS_PER_STEP = "sum(num_completion_tokens) / nullif(sum(num_steps), 0)"
 _GENERATIONS_SQL = f"""
     SELECT sample_index, count(*), {_ACCEPTANCE}, {_TOKENS_PER_STEP} FROM completions
+    WHERE finish_reason IS DISTINCT FROM 'settled'
     GROUP BY GROUPING SETS ((sample_index), ()) ORDER BY sample_index NULLS LAST"""
-_GRADED_SQL = """
-    SELECT list(answer ORDER BY sample_index), list(is_correct ORDER BY sample_index)
-    FROM completions WHERE is_correct IS NOT NULL GROUP BY prompt_id"""
+_GRADED_SQL = f"""
+    SELECT list(answer ORDER BY sample_index) FILTER (is_correct IS NOT NULL),
+           list(is_correct ORDER BY sample_index) FILTER (is_correct IS NOT NULL),
+           count(is_correct) FILTER ({_IS_BEFORE_SETTLED}),
+           count(*) FILTER (is_correct IS NOT NULL OR finish_reason = 'settled')
+    FROM completions GROUP BY prompt_id HAVING count(is_correct) > 0"""
 _STEP_SECONDS = " + ".join(f"seconds_{phase}" for phase in PHASES)
 _WALL_SQL = f"""
     SELECT sum(seconds) FROM (
@@ -111,6 +128,11 @@ class Summary:
     """The most frequent reasons, with how often each occurred."""
     events: dict[str, int]
     """What went wrong and was mended (a worker died, ...), with how often."""
+    num_settled: int
+    """Completions not drawn because the answers before them were settled."""
+    num_settled_prompts: int
+    num_tokens_saved: int
+    """Estimate: a completion not drawn is as long as the mean of its prompt's others."""
     num_tokens: int
     wall_seconds: float
     """From first to last, summed over the attempts."""
@@ -212,6 +234,7 @@ def _compute(connection: "DuckDBPyConnection", path: str, record: RunRecord | No
 
     prompts, completions, failed, tokens, num_graded, accuracy = row(_COMPLETIONS_SQL)
     *generations, total = connection.execute(_GENERATIONS_SQL).fetchall()
+    num_settled, num_settled_prompts, tokens_saved = row(_SETTLED_SQL)
     (wall,) = row(_WALL_SQL)
     widths = _stream_widths(record)
     (utilization,) = row(
@@ -226,6 +249,9 @@ def _compute(connection: "DuckDBPyConnection", path: str, record: RunRecord | No
         num_failed=failed,
         failures=dict(connection.execute(_REASONS_SQL).fetchall()),
         events=dict(connection.execute(_EVENTS_SQL).fetchall()),
+        num_settled=num_settled,
+        num_settled_prompts=num_settled_prompts,
+        num_tokens_saved=round(tokens_saved or 0),
         num_tokens=tokens,
         wall_seconds=wall or 0.0,
         tokens_per_second=tokens / wall if wall else None,
@@ -259,18 +285,24 @@ def _stream_widths(record: RunRecord | None) -> dict[int, int]:
     return {attempt["attempt"]: attempt["settings"].get("stream_width", 0) for attempt in attempts}
 
 
-def _at_k(graded: list[tuple[list[str | None], list[bool]]]) -> tuple[dict, dict]:
+def _at_k(graded: list[tuple[list[str | None], list[bool], int, int]]) -> tuple[dict, dict]:
+    """From per prompt: answers, verdicts, how many of them pass@k may count, and how many of them
+    there would be if none had been left out as settled: the majority of those stands for all.
+    """
     if not graded:
         return {}, {}
     from streaminator.grading import majority_at_k, pass_at_k
 
-    most = max(len(is_correct) for _, is_correct in graded)
+    most = max(num for *_, num in graded)
     passed, majority = {}, {}
     for k in sorted({2**i for i in range(most.bit_length())} | {most}):
-        enough = [(answers, correct) for answers, correct in graded if len(correct) >= k]
-        passed[k] = sum(pass_at_k(len(c), sum(c), k) for _, c in enough) / len(enough)
+        counted = [correct[:num] for _, correct, num, _ in graded if num >= k]
+        if counted:
+            passed[k] = sum(pass_at_k(len(c), sum(c), k) for c in counted) / len(counted)
+        enough = [(answers, correct) for answers, correct, _, num in graded if num >= k]
         if any(answer is not None for answers, _ in enough for answer in answers):
-            majority[k] = sum(majority_at_k(a, c, k) for a, c in enough) / len(enough)
+            right = [majority_at_k(a, c, min(k, len(c))) for a, c in enough]
+            majority[k] = sum(right) / len(right)
     return passed, majority
 
 
@@ -286,14 +318,19 @@ def render(summary: Summary) -> str:
             ("" if i else "events", f"{n:,} x {kind}")
             for i, (kind, n) in enumerate(s.events.items())
         ),
+        *_settled_lines(s),
         ("tokens", f"{s.num_tokens:,}"),
         ("wall time", f"{s.wall_seconds:,.1f} s"),
         ("tokens per second", _number(s.tokens_per_second, ",.1f")),
         ("accuracy", f"{_number(s.accuracy, '.1%')} of {s.num_graded:,} graded"),
         *(("", f"{count:,} x the grader {why}") for why, count in s.grader_errors.items()),
         *(
-            (f"pass@{k}", f"{value:.1%}, majority@{k} {_number(s.majority_at_k.get(k), '.1%')}")
-            for k, value in s.pass_at_k.items()
+            (
+                f"pass@{k}",
+                f"{_number(s.pass_at_k.get(k), '.1%')}, "
+                f"majority@{k} {_number(s.majority_at_k.get(k), '.1%')}",
+            )
+            for k in sorted(s.pass_at_k.keys() | s.majority_at_k.keys())
         ),
         ("acceptance rate", _number(s.acceptance_rate, ".1%")),
         ("tokens per step", _number(s.tokens_per_step, ".2f")),
@@ -319,6 +356,15 @@ def render(summary: Summary) -> str:
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in lines), "", s.query])
+
+
+def _settled_lines(s: Summary) -> list[tuple[str, str]]:
+    if not s.num_settled:
+        return []
+    share = s.num_tokens_saved / max(s.num_tokens + s.num_tokens_saved, 1)
+    saved = f"about {s.num_tokens_saved:,} tokens ({share:.0%}) saved"
+    text = f"{s.num_settled:,} of {s.num_settled_prompts:,} prompts not drawn, {saved}"
+    return [("settled", text)]
 
 
 def _duckdb() -> str:

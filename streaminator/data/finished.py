@@ -5,6 +5,7 @@ Invariants
 - `Finished` keeps per finished prompt 8 bytes, a hash of its id; only prompts with some completions there and some
   missing are kept by name, and a run has at most its workers' windows of them.
 - A completion that is in two parts is refused.
+- `EarlierRun` keeps 12 bytes per prompt and part that holds it.
 
 Used by: the driver, when a run is resumed; workers that go on with a prompt.
 """
@@ -25,7 +26,7 @@ from pyarrow import fs as pafs
 
 from streaminator.data.files import list_parts, reason, resolve
 from streaminator.errors import OutputError
-from streaminator.sequence import Distributions, Prompt
+from streaminator.sequence import Distributions, FinishReason, Prompt
 
 
 def stable_hash(prompt_id: str) -> int:
@@ -102,6 +103,29 @@ class Finished:
         )
 
 
+class EarlierRun:
+    """Which parts of a run hold completions of a prompt."""
+
+    def __init__(self, run: str) -> None:
+        """Read ids only. Raises: OutputError for a part that cannot be read."""
+        filesystem, parts = _parts(run, None)
+        self._names = [part.rpartition("/")[2] for part in parts]
+        hashes, numbers = array("Q"), array("I")
+        for number, part in enumerate(parts):
+            for prompt_id in set(_columns(filesystem, part, ["prompt_id"])[0]):
+                hashes.append(stable_hash(prompt_id))
+                numbers.append(number)
+        order = np.argsort(np.array(hashes, np.uint64), kind="stable")
+        self._hashes = np.array(hashes, np.uint64)[order]
+        self._numbers = np.array(numbers, np.uint32)[order]
+
+    def parts_of(self, prompt_id: str) -> tuple[str, ...]:
+        """Names of the parts, none for a prompt the run does not have."""
+        key = np.uint64(stable_hash(prompt_id))
+        start, end = (np.searchsorted(self._hashes, key, side) for side in ("left", "right"))
+        return tuple(self._names[number] for number in self._numbers[start:end])
+
+
 def read_finished(run: str, names: Sequence[str] | None = None) -> dict[str, dict[int, list[int]]]:
     """{prompt_id: {sample_index: token_ids}} of a run's folder or URI, failed completions included.
 
@@ -125,6 +149,25 @@ def read_finished(run: str, names: Sequence[str] | None = None) -> dict[str, dic
                 )
             samples[sample_index] = token_ids
     return finished
+
+
+def read_answers(
+    run: str, prompt_ids: AbstractSet[str], names: Sequence[str]
+) -> dict[str, dict[int, str | None]]:
+    """{prompt_id: {sample_index: answer}} of these prompts in these parts; failed ones have none.
+
+    Raises: OutputError for a part that cannot be read.
+    """
+    filesystem, parts = _parts(run, names)
+    answers: dict[str, dict[int, str | None]] = {}
+    for part in parts:
+        wanted = ["prompt_id", "sample_index", "finish_reason", "answer"]
+        for row in zip(*_columns(filesystem, part, wanted), strict=True):
+            prompt_id, sample_index, ended, answer = row
+            if prompt_id in prompt_ids:
+                samples = answers.setdefault(prompt_id, {})
+                samples[sample_index] = None if ended == FinishReason.FAILED else answer
+    return answers
 
 
 def read_distributions(

@@ -50,7 +50,11 @@ COMPLETIONS = _schema(
     ("prompt", pa.string(), "the prompt as the model sees it"),
     ("token_ids", pa.list_(pa.int32()), "tokens of the completion"),
     ("text", pa.string(), "the completion, without special tokens"),
-    ("finish_reason", pa.string(), "stop, length or failed"),
+    (
+        "finish_reason",
+        pa.string(),
+        "stop, length, failed, or settled: not drawn, the answers before it were clear",
+    ),
     ("num_prompt_tokens", pa.int32(), "tokens of the prompt"),
     ("num_completion_tokens", pa.int32(), "tokens of the completion"),
     ("from_draft", pa.list_(pa.bool_()), "per token: came from an accepted draft"),

@@ -210,6 +210,11 @@ class Engine:
             self.store.drop(prompt)
         return released
 
+    def drop_rest(self, prompt: Prompt) -> None:
+        """Draw no more of a prompt, one of whose completions the newest step has returned."""
+        self.scheduler.drop(prompt)
+        self.store.drop(prompt)
+
     def _take_failed(self) -> list[Completion]:
         failed, self._failed = self._failed, []
         return failed

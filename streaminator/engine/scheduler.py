@@ -153,6 +153,17 @@ class Scheduler:
             self._let_go(self._open[item[2]])
         heapq.heapify(self._idle)
 
+    def drop(self, prompt: Prompt) -> None:
+        """Draw no more of a prompt that is between two completions, be it just given up."""
+        entry = self._open.pop(prompt.prompt_id, None)
+        if entry is None:
+            self._released.remove(prompt)
+            return
+        self._idle = [item for item in self._idle if item[2] != prompt.prompt_id]
+        heapq.heapify(self._idle)
+        self._drop_resident(entry)
+        self._forget_computing(entry)
+
     def take_released(self) -> list[Prompt]:
         """The prompts given up since the last call; nothing of them is kept."""
         released, self._released = self._released, []

@@ -12,7 +12,14 @@ import pytest
 
 from streaminator.config import DataConfig
 from streaminator.errors import ConfigError
-from streaminator.grading import Grade, majority_at_k, make_grader, pass_at_k
+from streaminator.grading import (
+    Grade,
+    is_settled,
+    lead_chance,
+    majority_at_k,
+    make_grader,
+    pass_at_k,
+)
 
 GSM8K = Path(__file__).parents[2].parent / "shared" / "gsm8k"
 
@@ -276,3 +283,32 @@ def test_completions_without_an_answer_do_not_vote():
 def test_majority_rejects_what_is_out_of_range(k):
     with pytest.raises(ValueError, match="out of range"):
         majority_at_k(["5", "5"], [True, True], k)
+
+
+def test_the_chance_of_a_lead_is_the_upper_half_of_its_beta_distribution():
+    grid = [(i + 0.5) / 20_000 for i in range(20_000)]
+    for first, second in itertools.product(range(7), repeat=2):
+        density = [x**first * (1 - x) ** second for x in grid]
+        upper = sum(density[10_000:]) / sum(density)
+        assert lead_chance(first, second) == pytest.approx(upper, abs=1e-6)
+        assert lead_chance(first, second) + lead_chance(second, first) == pytest.approx(1)
+    assert lead_chance(2000, 0) == 1.0
+
+
+def test_more_votes_for_the_leader_settle_and_more_for_the_second_unsettle():
+    for first, second in itertools.product(range(20), repeat=2):
+        assert lead_chance(first + 1, second) > lead_chance(first, second)
+        assert lead_chance(first, second + 1) < lead_chance(first, second)
+
+
+def test_answers_are_settled_once_the_lead_is_large_enough_and_stay_so():
+    assert not is_settled(["1"] * 3, 0.95)
+    assert is_settled(["1"] * 4, 0.95)
+    assert is_settled(["1"] * 4 + ["2"] * 9, 0.95)
+    assert not is_settled(["1", "2", "1", "2", "1", "2", "1"], 0.95)
+    assert is_settled(["3", "1", "1", None, "1", "1", "2", "1", "1"], 0.95)
+
+
+def test_completions_without_an_answer_settle_nothing():
+    assert not is_settled([], 0.5)
+    assert not is_settled([None] * 100, 0.5)

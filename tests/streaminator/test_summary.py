@@ -92,6 +92,27 @@ def test_what_was_not_graded_counts_in_no_accuracy(run):
     assert summary.majority_at_k[4] == pytest.approx(0.5)
 
 
+def test_completions_not_drawn_count_in_the_majority_only(tmp_path):
+    start(tmp_path)
+    wrong = {"is_correct": False, "answer": "2"}
+    nothing = {"finish_reason": "settled", "is_correct": None, "answer": None}
+    nothing |= {"num_steps": 0, "num_draft_tokens": 0, "num_accepted_tokens": 0}
+    nothing |= {"num_completion_tokens": 0}
+    rows = [completion("easy", i, **(nothing if i >= 2 else {})) for i in range(8)]
+    rows += [completion("hard", i, **(wrong if i else {})) for i in range(8)]
+    rows += [completion("even", i, **(nothing if i >= 6 else wrong)) for i in range(8)]
+    write(tmp_path / "r" / "completions", COMPLETIONS, rows)
+    summary = summarise(tmp_path / "r")
+    assert (summary.num_settled, summary.num_settled_prompts) == (8, 2)
+    assert summary.num_tokens_saved == 8 * 30
+    assert summary.num_graded == 6
+    assert summary.accuracy == pytest.approx(3 / 6)
+    assert summary.pass_at_k == pytest.approx({1: (1 + 0.5 + 0) / 3, 2: 2 / 3})
+    assert summary.majority_at_k == pytest.approx({1: 2 / 3, 2: 2 / 3, 4: 1 / 3, 8: 1 / 3})
+    assert [g.num_completions for g in summary.generations] == [3, 3, 2, 2, 2, 2, 1, 1]
+    assert "pass@8              -, majority@8 33.3%" in render(summary)
+
+
 def test_acceptance_overall_and_by_generation(run):
     summary = summarise(run)
     assert summary.acceptance_rate == pytest.approx(210 / 360)
