@@ -135,6 +135,10 @@ class Dispatcher:
         self._suspects: deque[Work] = deque()
         self._share_per_speed = 0.0
         """Open prompts a worker should have of all that are left, by its speed."""
+        self._waiting: set[int] = set()
+        """Workers that are ready and not busy."""
+        self._soonest = math.inf
+        """No deadline is before it."""
 
     def run(self) -> Iterator[Report]:
         """Yields the workers' reports, and negative ones for what a lost worker had not published.
@@ -142,7 +146,7 @@ class Dispatcher:
         Raises: WorkerDiedError when no worker is left; OutputError; InputError of a worker.
         """
         self._read_on()
-        while self._num_queued or self._loose or self._suspects or self._num_working:
+        while self._has_unstarted or any(worker.works for worker in self._workers):
             self._hand_out()
             event = self._pool.next_event(max(0.0, self._next_deadline() - self._clock()))
             if event is None:
@@ -151,6 +155,7 @@ class Dispatcher:
             while event is not None:
                 if isinstance(event, WorkerReady):
                     self._workers[event.worker].is_ready = True
+                    self._waiting.add(event.worker)
                 elif isinstance(event, WorkerReported):
                     yield self._take_in(event)
                 else:
@@ -159,12 +164,11 @@ class Dispatcher:
             self._read_on()
 
     @property
-    def _num_working(self) -> int:
-        return sum(len(worker.works) for worker in self._workers)
+    def _has_unstarted(self) -> bool:
+        return bool(self._num_queued or self._loose or self._suspects)
 
     def _next_deadline(self) -> float:
-        soonest = min(worker.deadline for worker in self._workers)
-        return min(soonest, self._clock() + _IDLE_SECONDS)
+        return min(self._soonest, self._clock() + _IDLE_SECONDS)
 
     def _read_on(self) -> None:
         """Fill the queues from the dataset, as far as they go."""
@@ -179,14 +183,16 @@ class Dispatcher:
 
     def _hand_out(self) -> None:
         """Let every worker go on that waits and has, or gets, something to do."""
-        free = [
-            i for i, worker in enumerate(self._workers) if worker.is_ready and not worker.is_busy
-        ]
-        company = [w for w in self._workers if w.is_ready and not w.is_alone]
-        num_left = sum(w.num_open for w in company) + self._num_queued + len(self._loose)
-        self._share_per_speed = num_left / max(sum(w.speed for w in company), 1e-9)
+        # An event costs no look at every worker until the dataset is out, and few after that.
+        free = [i for i in self._waiting if self._has_unstarted or self._workers[i].works]
+        if not free:
+            return
+        if self._source is None:
+            company = [w for w in self._workers if w.is_ready and not w.is_alone]
+            num_left = sum(w.num_open for w in company) + self._num_queued + len(self._loose)
+            self._share_per_speed = num_left / max(sum(w.speed for w in company), 1e-9)
         # The fastest first: what a slow one gave back is not for itself.
-        for index in sorted(free, key=lambda i: -self._workers[i].speed):
+        for index in sorted(free, key=lambda i: (-self._workers[i].speed, i)):
             worker = self._workers[index]
             new = self._take(index)
             for work in new:
@@ -199,11 +205,15 @@ class Dispatcher:
         worker = self._workers[index]
         has_more = bool(self._num_queued or self._loose) and not worker.is_alone
         min_open = self._window - self._width // 2 if has_more else 0
-        num_to_release = 0 if has_more or self._suspects else self._num_to_release(worker)
+        # Not of one that is given some: they would go from hand to hand and no step be made.
+        may_release = not (has_more or prompts or self._suspects)
+        num_to_release = self._num_to_release(worker) if may_release else 0
         worker.is_busy = True
+        self._waiting.discard(index)
         worker.submitted_at = self._clock()
         patience = self._timeout * (1 if worker.has_reported else _FIRST_REPORT)
         worker.deadline = worker.submitted_at + patience
+        self._soonest = min(self._soonest, worker.deadline)
         self._pool.submit(index, prompts, min_open, num_to_release)
 
     def _take(self, index: int) -> list[Work]:
@@ -216,15 +226,18 @@ class Dispatcher:
         if self._source is None:
             share = math.ceil(self._share_per_speed * worker.speed)
             room = min(room, max(share, int(not worker.works)) - worker.num_open)
-        while len(taken) < room:
+        own = self._queues[index]
+        while len(taken) < room and (self._loose or self._num_queued):
             if self._loose:
                 taken.append(self._loose.popleft())
-                continue
-            queue = self._queues[index] or max(self._queues, key=len)
-            if not queue:
-                break
-            taken.append(queue.popleft() if queue is self._queues[index] else queue.pop())
-            self._num_queued -= 1
+            elif own:
+                taken.append(own.popleft())
+                self._num_queued -= 1
+            else:
+                longest = max(self._queues, key=len)
+                for _ in range(min(room - len(taken), (len(longest) + 1) // 2)):
+                    taken.append(longest.pop())
+                    self._num_queued -= 1
         if not taken and not worker.works and self._suspects:
             taken.append(self._suspects.popleft())
             worker.is_alone = True
@@ -243,6 +256,7 @@ class Dispatcher:
     def _take_in(self, event: WorkerReported) -> Report:
         worker, result = self._workers[event.worker], event.result
         worker.is_busy, worker.has_reported, worker.deadline = False, True, math.inf
+        self._waiting.add(event.worker)
         worker.num_open = result.num_open_prompts
         seconds = self._clock() - worker.submitted_at
         if result.report.num_steps > 1 and seconds > 0:
@@ -279,12 +293,14 @@ class Dispatcher:
             if worker.deadline <= now:
                 why = f"no report for {now - worker.submitted_at:.0f} s"
                 yield self._lose(WorkerLost(index, why), kind="worker hung")
+        self._soonest = min(worker.deadline for worker in self._workers)
 
     def _lose(self, event: WorkerLost, kind: str = "worker died") -> Report:
         """Give a worker up for good, pass on its prompts and ask for a replacement."""
         index, before = event.worker, self._workers[event.worker]
         # From here on nothing of it is heard, whatever it does: this is the fence.
         self._pool.kill(index)
+        self._waiting.discard(index)
         self._output.record(kind, worker=index, detail=event.why)
         num_deaths = before.num_deaths_in_a_row + (not before.is_alone)
         after = self._workers[index] = _Worker(speed=before.speed, num_deaths_in_a_row=num_deaths)

@@ -34,6 +34,29 @@ def stable_hash(prompt_id: str) -> int:
     return int.from_bytes(blake2b(prompt_id.encode(), digest_size=8).digest(), "little")
 
 
+class HashSet:
+    """64-bit hashes, 8 bytes each: a sorted array and a small set of the latest."""
+
+    _MAX_LATEST = 1 << 15
+
+    def __init__(self) -> None:
+        self._sorted = np.empty(0, np.uint64)
+        self._latest: set[int] = set()
+
+    def add(self, key: int) -> bool:
+        """Add a hash; False if it was there."""
+        place = int(self._sorted.searchsorted(np.uint64(key)))
+        if key in self._latest or (place < len(self._sorted) and int(self._sorted[place]) == key):
+            return False
+        self._latest.add(key)
+        if len(self._latest) == self._MAX_LATEST:
+            latest = np.fromiter(self._latest, np.uint64)
+            self._sorted = np.concatenate([self._sorted, latest])
+            self._sorted.sort(kind="stable")
+            self._latest.clear()
+        return True
+
+
 @dataclass(slots=True)
 class _Partial:
     sample_indices: set[int] = field(default_factory=set)

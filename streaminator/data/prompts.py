@@ -4,7 +4,7 @@
 Invariants
 - The same settings and rows give the same prompts on any day: the current date never enters a
   chat template.
-- Rows are read as prompts are taken; only ids are kept.
+- Rows are read as prompts are taken; 8 bytes per id are kept.
 
 Used by: `streaminator.cli`, `jobs.*`.
 """
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from streaminator.config import DataConfig
+from streaminator.data.finished import HashSet, stable_hash
 from streaminator.data.rows import Row, load_file, load_rows
 from streaminator.errors import ConfigError, DataError
 from streaminator.sequence import Prompt
@@ -219,8 +220,9 @@ def _answer(row: Row, column: str | None) -> str | None:
 
 
 def _prompt_ids(data: DataConfig) -> Callable[[Row, str, str | None], str]:
-    places: dict[str, str] = {}
+    seen = HashSet()
     repeats: Counter[str] = Counter()
+    """Of contents that came more than once."""
 
     def from_column(row: Row, question: str, gold_answer: str | None) -> str:
         value = _cell(row, str(data.id_column), "--id_column")
@@ -230,21 +232,30 @@ def _prompt_ids(data: DataConfig) -> Callable[[Row, str, str | None], str]:
                 "an id or drop --id_column"
             )
         prompt_id = _checked_text(row, str(data.id_column), str(value))
-        if prompt_id in places:
-            raise DataError(
-                f"{row.place}: id {prompt_id!r} is taken by {places[prompt_id]}; make ids unique "
-                "or drop --id_column"
-            )
-        places[prompt_id] = row.place
+        if not seen.add(stable_hash(prompt_id)):
+            first = _first_place(data, prompt_id)
+            if first != row.place:  # else two ids share their hash
+                raise DataError(
+                    f"{row.place}: id {prompt_id!r} is taken by {first}; make ids unique or drop "
+                    "--id_column"
+                )
         return prompt_id
 
     def from_content(row: Row, question: str, gold_answer: str | None) -> str:
         content = question if gold_answer is None else f"{question}\0{gold_answer}"
         digest = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+        if seen.add(int(digest, 16)):
+            return digest
         repeats[digest] += 1
-        return digest if repeats[digest] == 1 else f"{digest}-{repeats[digest]}"
+        return f"{digest}-{repeats[digest] + 1}"
 
     return from_content if data.id_column is None else from_column
+
+
+def _first_place(data: DataConfig, prompt_id: str) -> str:
+    """Where an id stands first: the dataset is read once more rather than all places kept."""
+    rows = load_rows(data.dataset, data.dataset_config, data.split)
+    return next(row.place for row in rows if str(row.values.get(str(data.id_column))) == prompt_id)
 
 
 def _metadata(row: Row, name: str) -> str:

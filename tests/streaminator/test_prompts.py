@@ -330,6 +330,22 @@ def test_an_id_that_is_taken_names_both_rows(tmp_path):
     assert f"{path} line 1" in message
 
 
+def test_many_ids_are_told_apart_and_a_late_repetition_is_found(monkeypatch, tmp_path):
+    monkeypatch.setattr("streaminator.data.finished.HashSet._MAX_LATEST", 4)
+    rows = [{"id": f"n{number}", "question": "x"} for number in range(50)]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert len(load(path, id_column="id")) == 50
+    message = error_of(DataError, write(tmp_path / "b.jsonl", [*rows, rows[9]]), id_column="id")
+    assert "line 51" in message
+    assert "line 10;" in message
+
+
+def test_two_ids_with_one_hash_are_two_prompts(monkeypatch, tmp_path):
+    monkeypatch.setattr("streaminator.data.prompts.stable_hash", lambda name: 7)
+    path = write(tmp_path / "a.jsonl", [{"id": name, "question": "x"} for name in "abc"])
+    assert [prompt.prompt_id for prompt in load(path, id_column="id")] == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("values", [{}, {"id": None}, {"id": ""}, {"id": [1]}])
 def test_a_row_without_an_id_is_named(tmp_path, values):
     path = write(tmp_path / "a.jsonl", [{"question": "x", **values}])
