@@ -11,11 +11,11 @@ import torch
 from transformers import AttentionInterface
 
 from streaminator.config import EngineConfig, ModelConfig
-from streaminator.engine import reproducible  # noqa: F401
 from streaminator.engine.attention import NAME, Stream, attention
 from streaminator.engine.batch import Batch
 from streaminator.engine.checkpoint import load_model
 from streaminator.engine.kv_cache import KVCache, LayerShape, bytes_per_block
+from streaminator.engine.reproducible import separate_expert_rows
 from streaminator.errors import ConfigError, DeviceError, ModelError, first_line
 
 AttentionInterface.register(NAME, attention)
@@ -62,6 +62,8 @@ class ModelRunner:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.model: Any = load_model(config, self.dtype, NAME)
         self.model.to(self.device).eval()
+        if self.device.type == "cpu":
+            separate_expert_rows(self.model)
         self.shapes = self._probe()
 
     @property

@@ -3,7 +3,8 @@
 
 MKL on Intel needs its strict mode for that, which it reads at its first call and which costs nothing
 from about 8 rows on. On AMD that mode is not to be had (asking for it makes small products differ),
-and without it products of 4 rows or more agree.
+and without it products of 4 rows or more agree. A mixture's experts get whatever rows there are: there
+each row is a product of its own.
 
 Used by: `model_runner`.
 """
@@ -11,6 +12,7 @@ Used by: `model_runner`.
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 def _is_intel() -> bool:
@@ -19,5 +21,13 @@ def _is_intel() -> bool:
     return True
 
 
-if _is_intel():
+IS_INTEL = _is_intel()
+if IS_INTEL:
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+def separate_expert_rows(model: Any) -> None:
+    """Let no row of a mixture of experts share a product with others, where that shows."""
+    can_set = getattr(model, "_can_set_experts_implementation", None)
+    if not IS_INTEL and can_set is not None and can_set():
+        model.set_experts_implementation("batched_mm")
