@@ -42,7 +42,9 @@ def undisturbed(tmp_path_factory) -> list[tuple]:
 def start(output: Path, *flags: str) -> subprocess.Popen:
     """The job in a process of its own, whose rows reach the disk at once."""
     code = (
-        "import sys, streaminator.session as session, jobs.sample as job\n"
+        "import signal, sys, streaminator.session as session, jobs.sample as job\n"
+        # A shell ignores it for what it starts in the background, these tests perhaps.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from streaminator.cli import main_program\n"
         "session._PART_SECONDS = 0\n"
         "sys.exit(main_program('job', job.main))"
