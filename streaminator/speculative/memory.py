@@ -186,13 +186,12 @@ class Memory:
         """The completion has ended."""
         self._free_handles.append(handle)
 
-    def draft(self, handles: Ints, caps: Ints, budget: int | None = None) -> Drafts:
+    def draft(self, handles: Ints, caps: Ints) -> Drafts:
         """Guess what follows each running sequence.
 
         Args:
             handles: [n] each at most once.
             caps: [n] most tokens for each.
-            budget: most tokens for all, the likeliest first; None: no limit.
         """
         caps = np.clip(caps, 0, MAX_DRAFT)
         tokens = np.zeros((len(handles), int(caps.max(initial=0))), np.int64)
@@ -202,15 +201,7 @@ class Memory:
             self.min_survival, self._mixing, self._seen, self._recency, self._hits, self._strengths, self._noise_hits,
             self._shared, self._predictions, tokens, survival,
         )  # fmt: skip
-        drafted = survival > 0
-        lengths = np.count_nonzero(drafted, axis=1)
-        if budget is not None and lengths.sum() > budget:
-            # Survival only falls along a chain, so that the likeliest tokens are prefixes.
-            order = np.argsort(-survival, axis=None, kind="stable")[: max(budget, 0)]
-            lengths = np.bincount(order // survival.shape[1], minlength=len(handles))
-            behind = np.arange(survival.shape[1]) >= lengths[:, None]
-            tokens[behind] = 0
-            survival[behind] = 0
+        lengths = np.count_nonzero(survival, axis=1)
         width = int(lengths.max(initial=0))
         return Drafts(tokens[:, :width], lengths, survival[:, :width])
 

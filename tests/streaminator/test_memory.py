@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streaminator.speculative.arena import Arena
+from streaminator.speculative.draft_budget import DraftBudget, StepCosts
 from streaminator.speculative.memory import Memory
 from streaminator.speculative.memory_rates import gumbel
 
@@ -22,8 +23,8 @@ def commit(memory, handle, tokens):
         memory.commit(np.array([handle]), step, np.array([len(step)]))
 
 
-def draft(memory, handle, cap, budget=None):
-    tokens, lengths, survival = memory.draft(np.array([handle]), np.array([cap]), budget)
+def draft(memory, handle, cap):
+    tokens, lengths, survival = memory.draft(np.array([handle]), np.array([cap]))
     return tokens[0, : lengths[0]].tolist(), survival[0, : lengths[0]]
 
 
@@ -120,7 +121,7 @@ def test_memory_stays_bounded_and_goes_on_drafting():
 @given(
     texts=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=40), min_size=1, max_size=4),
     caps=st.lists(st.integers(0, 9), min_size=3, max_size=3),
-    budget=st.one_of(st.none(), st.integers(0, 12)),
+    budget=st.integers(0, 12),
 )
 def test_drafts_keep_caps_and_budget_and_depend_on_the_observed_only(texts, caps, budget):
     answers = []
@@ -133,9 +134,12 @@ def test_drafts_keep_caps_and_budget_and_depend_on_the_observed_only(texts, caps
         handles = np.array(handles)
         for tokens in texts:
             memory.commit(handles, np.array(tokens * 3), np.full(3, len(tokens)))
-        drafts = memory.draft(handles, np.array(caps), budget)
+        drafts = memory.draft(handles, np.array(caps))
         assert (drafts.lengths <= caps).all()
-        assert budget is None or drafts.lengths.sum() <= budget
+        most = DraftBudget(StepCosts([budget], [1.0]))  # whatever is verified costs the same
+        verified = most.cut(drafts.survival, drafts.lengths, len(handles), len(handles))
+        assert (verified <= drafts.lengths).all()
+        assert verified.sum() <= budget
         assert ((drafts.survival > 0).sum(1) == drafts.lengths).all()
         assert (drafts.survival <= 1).all()
         answers.append([drafts.tokens.tolist(), drafts.survival.tolist()])
