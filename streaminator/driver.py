@@ -94,7 +94,7 @@ def _sample(config: JobConfig, make_pool: Callable[[JobConfig], Pool]) -> Summar
                 fingerprints=fingerprints,
                 gpus=[name for name in pool.device_names if name != "cpu"],
             )
-            _draw(config, pool, run, dataset, earlier, log)
+            _draw(config, pool, run, tokenizer, dataset, earlier, log)
         summary = summarise(run.uri)
     except BaseException:
         if log is not None:
@@ -152,6 +152,7 @@ def _draw(
     config: JobConfig,
     pool: Pool,
     run: Run,
+    tokenizer: "PreTrainedTokenizerBase",
     dataset: _Dataset,
     earlier: EarlierRun | None,
     log: WandbLog | None,
@@ -163,7 +164,7 @@ def _draw(
     width = config.engine.stream_width
     dispatcher = Dispatcher(
         pool,
-        _left_to_draw(config, finished, earlier),
+        _left_to_draw(config, tokenizer, finished, earlier),
         output,
         stream_width=width,
         worker_timeout=config.cluster.worker_timeout,
@@ -180,10 +181,13 @@ def _draw(
 
 
 def _left_to_draw(
-    config: JobConfig, finished: Finished, earlier: EarlierRun | None
+    config: JobConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    finished: Finished,
+    earlier: EarlierRun | None,
 ) -> Iterator[Work]:
     """The prompts with the completions that are not on disk, in the dataset's order."""
-    for prompt in load_prompts(config.data, load_tokenizer(config.model)):
+    for prompt in load_prompts(config.data, tokenizer):
         missing, parts = finished.left(prompt)
         if missing:
             if earlier is not None:
