@@ -14,8 +14,8 @@ from jobs import acceptance_rates
 from jobs.acceptance_rates import VARIANTS, demo_problems, main
 from jobs.train_demo_model import parse_arguments
 from jobs.word_problems import split
-from streaminator.cli import main_program
 from tests.jobs.test_benchmark import make_inputs
+from tests.programs import assert_refused
 
 NUM_PROMPTS, NUM_COMPLETIONS = 8, 2
 SMALL = ["--num_samples", str(NUM_PROMPTS), "--num_completions", str(NUM_COMPLETIONS)]
@@ -162,9 +162,4 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["study", *flags])
     monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
-    assert main_program("study", main) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("study: ")
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
+    assert_refused("study", main, capsys, message)

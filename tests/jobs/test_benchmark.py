@@ -19,6 +19,7 @@ from jobs.benchmark import main
 from jobs.benchmark_engines import ENGINES, PHASES, Run, _cut
 from streaminator.cli import main_program
 from tests.fakes import CONTEXT, save_model
+from tests.programs import assert_refused
 
 ROOT = Path(__file__).parents[2]
 TEXT = "how many apples pears plums are left when two of ten nine eight were eaten ? : <eos>"
@@ -225,9 +226,4 @@ def test_bad_input_is_one_line_and_exit_code_2(
     # Within the program's own process, the environment has switched them off before the import.
     monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
     capsys.readouterr()
-    assert main_program("benchmark", main) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("benchmark: ")
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
+    assert_refused("benchmark", main, capsys, message)
