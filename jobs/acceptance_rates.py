@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 _PROGRAM = "python -m jobs.acceptance_rates"
 _NUM_PROMPTS = 128
+_MAX_DRAFT = 8
 _TEMPERATURES = "0.8,1.0"
 
 _BIGRAM: dict[str, Any] = {"speculator": "ngram", "ngram_order": 2}
@@ -180,7 +181,7 @@ def _check(config: JobConfig) -> None:
             flag = f"no_{name}" if value is False else name
             raise ConfigError(f"--{flag}: the study varies it itself; leave it out")
     num = config.speculator.num_speculative_tokens
-    if num < 2:
+    if num is not None and num < 2:
         raise ConfigError(f"--num_speculative_tokens {num}: must be 2 or more; 1 is drawn anyway")
 
 
@@ -224,7 +225,7 @@ def _study(
     prompts: Sequence["Prompt"],
 ) -> tuple[list[Run], int]:
     """All variants at one temperature, and how many completions differ between them."""
-    longest = config.speculator.num_speculative_tokens
+    longest = config.speculator.num_speculative_tokens or _MAX_DRAFT
     sampling = config.sampling
     other = replace(sampling, seed=(sampling.seed + 1) % 2**63)
     before = _run(replace(config, sampling=other), runner, tokenizer, prompts, "memory", longest)
@@ -327,7 +328,7 @@ def _describe(
         "num_parameters": sum(p.numel() for p in runner.model.parameters()),
         "num_prompts": len(prompts),
         "num_completions": config.data.num_completions,
-        "max_draft": config.speculator.num_speculative_tokens,
+        "max_draft": config.speculator.num_speculative_tokens or _MAX_DRAFT,
         "device": gpu or cpu_model(),
         "num_threads": torch.get_num_threads(),
         "versions": {

@@ -28,6 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.json_out import check_json_out, write_json_out
 from jobs.random_model import SIZES, save_random_llama
 from streaminator.cli import main_program, resolve
 from streaminator.cli_args import parse
@@ -83,8 +84,7 @@ def main(argv: Sequence[str]) -> int:
         print(_table(results[-1]), end="\n\n", flush=True)
     lines = [json.dumps(result, separators=(",", ":")) for result in results]
     print(*lines, sep="\n", flush=True)
-    if other.json_out:
-        _write(other.json_out, "\n".join(lines))
+    write_json_out(other.json_out, "\n".join(lines))
     if any(result["outputs"].get("speculative_differs") for result in results):
         sys.stderr.write("python -m jobs.benchmark: speculation changed tokens; this is a bug\n")
         return 1
@@ -128,11 +128,7 @@ def _check(config: JobConfig, other: argparse.Namespace) -> None:
         raise ConfigError("--no_spec_decoding: the benchmark always runs without and with it")
     if config.sampling.stop:
         raise ConfigError("--stop: the benchmark compares tokens, not text; use --stop_token_ids")
-    # A run takes minutes: what cannot be written is refused before it.
-    if other.json_out and (
-        Path(other.json_out).is_dir() or not os.access(Path(other.json_out).parent, os.W_OK)
-    ):
-        raise ConfigError(f"--json_out {other.json_out}: cannot be written; give another file")
+    check_json_out(other.json_out)
 
 
 def _check_lengths(prompts: Sequence["Prompt"], config: JobConfig, runner: "ModelRunner") -> None:
@@ -270,13 +266,6 @@ def _table(result: dict[str, Any]) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
-
-
-def _write(path: str, line: str) -> None:
-    try:
-        Path(path).write_text(line + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--json_out {path}: cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def _time(num_top: int, args: argparse.Namespace) -> str:
             drafted = time.perf_counter()
             taken = []
             for n in range(args.width):
-                draft = drafts.tokens[n, : drafts.lengths[n]]
+                draft = drafts.tokens[n, 0, : drafts.lengths[n]]
                 differs = draft != texts[n, positions[n] : positions[n] + len(draft)]
                 num = (int(differs.argmax()) if differs.any() else len(draft)) + 1
                 taken.append(slice(positions[n], positions[n] + num))
@@ -78,7 +78,7 @@ def _time(num_top: int, args: argparse.Namespace) -> str:
             else:
                 memory.commit(handles, new, lengths)
             spent = time.perf_counter() - ready
-            steps.append((drafted - begun, spent, int(drafts.lengths.sum()), len(new)))
+            steps.append((drafted - begun, spent, int((drafts.survival > 0).sum()), len(new)))
         for handle in handles.tolist():
             memory.finish(handle)
     draft, commit, num_drafted, num_new = np.mean(steps, axis=0)

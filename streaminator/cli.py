@@ -67,7 +67,7 @@ def resolve(config: JobConfig) -> JobConfig:
 
     Raises: DeviceError.
     """
-    from streaminator.engine.model_runner import resolve_device, resolve_dtype
+    from streaminator.engine.device import resolve_device, resolve_dtype
 
     device = resolve_device(config.model.device)
     dtype = str(resolve_dtype(config.model.dtype, device)).removeprefix("torch.")

@@ -192,7 +192,11 @@ class SpeculatorConfig:
 
     spec_decoding: bool = _option(True, "draft tokens and verify them (speculative decoding)")
     speculator: str = _option("memory", "kind of speculator", choices=SPECULATORS)
-    num_speculative_tokens: int = _option(8, "most drafted tokens per completion and step")
+    num_speculative_tokens: int | None = _option(
+        None,
+        "most drafted tokens per completion and step; default: 16, of which the memory verifies "
+        "what pays; ngram: 4",
+    )
     shared_memory: bool = _option(True, "memory: prompts share a tier of short contexts")
     num_top_tokens: int = _option(
         8, "memory: the model's most likely tokens to learn from at each position; 0: none"
@@ -212,7 +216,7 @@ class SpeculatorConfig:
     def __post_init__(self) -> None:
         """Raises: ConfigError naming the setting and the allowed range."""
         _require(
-            self.num_speculative_tokens >= 1,
+            self.num_speculative_tokens is None or self.num_speculative_tokens >= 1,
             "num_speculative_tokens",
             self.num_speculative_tokens,
             "1 or more (--no_spec_decoding switches drafting off)",
@@ -237,6 +241,13 @@ class SpeculatorConfig:
         _require(
             self.speculator_memory >= 1, "speculator_memory", self.speculator_memory, "1 or more"
         )
+
+    @property
+    def max_draft(self) -> int:
+        """Most drafted tokens per completion and step."""
+        if self.num_speculative_tokens is not None:
+            return self.num_speculative_tokens
+        return 16 if self.speculator == "memory" else 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +287,22 @@ class ClusterConfig:
         if self.num_workers == 0 and self.address is not None:
             raise ConfigError("--address with --num_workers 0: without Ray there is no address")
 
+    @property
+    def resources(self) -> dict[str, float]:
+        """Custom resources of a worker. Raises: ConfigError for one that is not NAME=AMOUNT."""
+        return dict(map(_amount, self.worker_resources))
+
+
+def _amount(text: str) -> tuple[str, float]:
+    name, _, amount = text.partition("=")
+    try:
+        number = float(amount)
+    except ValueError:
+        number = 0.0
+    if not name or number <= 0:
+        raise ConfigError(f"--worker_resources {text}: must be NAME=AMOUNT with an amount above 0")
+    return name, number
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
@@ -286,6 +313,9 @@ class RunConfig:
         None, "name of the run; default: made from the settings, so the same command resumes"
     )
     logprobs: bool = _option(False, "write the log-probability of every token")
+    profile: bool = _option(
+        False, "write a trace of 20 steps of each worker into profile/, for Perfetto"
+    )
     use_wandb: bool = _option(False, "log to Weights & Biases")
     wandb_project: str = _option("streaminator", "Weights & Biases project")
 

@@ -5,8 +5,10 @@ Used by: everything. No torch.
 """
 
 import time
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +37,50 @@ class Distributions:
     """[n, M] at the sampling temperature (greedy: at 1), before top-k, top-p and min-p."""
     step_lengths: tuple[int, ...]
     """Tokens that each decoding step added; they sum to n."""
+    rejected_ids: NDArray[np.int32]
+    """[r] drafted tokens that were rejected, whose continuation verifying has told."""
+    rejected_top_ids: NDArray[np.int32]
+    """[r, M] after each of them, and all before it in its draft."""
+    rejected_top_probs: NDArray[np.float32]
+    """[r, M]"""
+    rejected_lengths: tuple[int, ...]
+    """Of them, how many each step verified; as many steps, they sum to r."""
+
+    @classmethod
+    def from_steps(cls, steps: Seq["StepTop"], num_top: int) -> "Distributions":
+        """Those of a completion, put together from its decoding steps."""
+        ids = [np.zeros((0, num_top), np.int32), *(step.ids for step in steps)]
+        probs = [np.zeros((0, num_top), np.float32), *(step.probs for step in steps)]
+        num_rejected = [0, *(len(step.rejected) for step in steps)]
+
+        def join(arrays: list[NDArray[Any]], *, is_rejected: bool) -> NDArray[Any]:
+            ends = [len(rows) - num for rows, num in zip(arrays, num_rejected, strict=True)]
+            pieces = zip(arrays, ends, strict=True)
+            return np.concatenate([a[end:] if is_rejected else a[:end] for a, end in pieces])
+
+        return cls(
+            top_ids=join(ids, is_rejected=False),
+            top_probs=join(probs, is_rejected=False),
+            step_lengths=tuple(len(step.ids) - len(step.rejected) for step in steps),
+            rejected_ids=np.array([token for step in steps for token in step.rejected], np.int32),
+            rejected_top_ids=join(ids, is_rejected=True),
+            rejected_top_probs=join(probs, is_rejected=True),
+            rejected_lengths=tuple(num_rejected[1:]),
+        )
 
     def likeliest(self, num_top: int) -> "Distributions":
         """The same with at most `num_top` tokens per position."""
-        return replace(
-            self, top_ids=self.top_ids[:, :num_top], top_probs=self.top_probs[:, :num_top]
-        )
+        names = ("top_ids", "top_probs", "rejected_top_ids", "rejected_top_probs")
+        return replace(self, **{name: getattr(self, name)[:, :num_top] for name in names})
+
+
+class StepTop(NamedTuple):
+    """What the model gave in one decoding step of one sequence."""
+
+    rejected: list[int]
+    ids: NDArray[np.int32]
+    """[tokens added + rejected, M]"""
+    probs: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +132,8 @@ class Sequence:
     """Known tokens to compute in the current step, drafts not counted."""
     draft: list[int] = field(default_factory=list)
     """Tokens to verify in the current step."""
+    alternatives: dict[int, int] = field(default_factory=dict)
+    """Second choices to verify beside them: {place in the draft: token}."""
     may_draft: bool = True
     """False once a draft led the model to logits that are not finite."""
     logprobs: list[float] = field(default_factory=list)
@@ -100,8 +142,8 @@ class Sequence:
     """Per decoding step: tokens drafted."""
     accepted: list[int] = field(default_factory=list)
     """Per decoding step: drafted tokens accepted."""
-    top: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = field(default_factory=list)
-    """Per decoding step: ids and probabilities as in `Distributions`, where they are kept."""
+    top: list[StepTop] = field(default_factory=list)
+    """Per decoding step, where they are kept."""
 
     @property
     def num_prompt_tokens(self) -> int:

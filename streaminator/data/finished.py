@@ -52,7 +52,7 @@ class HashSet:
         if len(self._latest) == self._MAX_LATEST:
             latest = np.fromiter(self._latest, np.uint64)
             self._sorted = np.concatenate([self._sorted, latest])
-            self._sorted.sort(kind="stable")
+            self._sorted.sort()  # in place
             self._latest.clear()
         return True
 
@@ -212,35 +212,53 @@ def read_distributions(
         if prompt_ids.isdisjoint(_columns(filesystem, part, ["prompt_id"])[0]):
             continue
         with _reading(part), filesystem.open_input_file(part) as file:
-            wanted = ["prompt_id", "sample_index", "num_completion_tokens", "accepted"]
-            wanted += ["top_ids", "top_probs"]
-            table = pq.ParquetFile(file).read(columns=wanted)
-            if "top_ids" not in table.column_names:  # older than this column
+            table = pq.ParquetFile(file).read(columns=_OF_DISTRIBUTIONS)
+            if "rejected_ids" not in table.column_names:  # older than these columns
                 continue
             is_wanted = pc.field("prompt_id").isin(list(prompt_ids))
             table = table.filter(is_wanted & pc.field("top_ids").is_valid())
-            for columns in zip(*(table[name] for name in wanted), strict=True):
-                prompt_id, sample_index, num, accepted = (value.as_py() for value in columns[:4])
-                samples = kept.setdefault(prompt_id, {})
-                samples[sample_index] = _distributions(num, accepted, *columns[4:])
+            for values in zip(*(table[name] for name in _OF_DISTRIBUTIONS), strict=True):
+                row = dict(zip(_OF_DISTRIBUTIONS, values, strict=True))
+                samples = kept.setdefault(row["prompt_id"].as_py(), {})
+                samples[row["sample_index"].as_py()] = _distributions(row)
     return kept
 
 
-def _distributions(
-    num: int, accepted: list[int], top_ids: pa.ListScalar, top_probs: pa.ListScalar
-) -> Distributions:
+_OF_DISTRIBUTIONS = [
+    "prompt_id", "sample_index", "num_completion_tokens", "accepted", "top_ids", "top_probs",
+    "rejected_ids", "rejected_lengths", "rejected_top_ids", "rejected_top_probs",
+]  # fmt: skip
+
+
+def _distributions(row: dict[str, Any]) -> Distributions:
     """Raises: ValueError where the columns do not fit together."""
+    num, rejected = row["num_completion_tokens"].as_py(), row["rejected_ids"].values.to_numpy()
+    accepted = np.array(row["accepted"].as_py(), np.int64)
     # A step's last tokens may lie behind the completion's end.
-    ends = np.minimum(np.cumsum(np.array(accepted, np.int64) + 1), num)
+    ends = np.minimum(np.cumsum(accepted + 1), num)
     lengths = np.diff(ends, prepend=0)
-    ids, probs = (
-        rows.values.flatten().to_numpy().reshape(num, -1 if num else 0)
-        for rows in (top_ids, top_probs)
+    num_rejected = row["rejected_lengths"].as_py()
+    shapes = {"top_ids": num, "top_probs": num}
+    shapes |= {"rejected_top_ids": len(rejected), "rejected_top_probs": len(rejected)}
+    arrays = {
+        name: row[name].values.flatten().to_numpy().reshape(size, -1 if size else 0)
+        for name, size in shapes.items()
+    }
+    fits = arrays["top_ids"].shape == arrays["top_probs"].shape and lengths.sum() == num
+    fits &= arrays["rejected_top_ids"].shape == arrays["rejected_top_probs"].shape
+    steps = lengths[lengths > 0].tolist()
+    if not fits or sum(num_rejected) != len(rejected) or len(num_rejected) != len(steps):
+        raise ValueError("distributions and accepted do not fit together")
+    if not len(rejected):
+        shape = (0, arrays["top_ids"].shape[1])
+        arrays["rejected_top_ids"] = np.zeros(shape, np.int32)
+        arrays["rejected_top_probs"] = np.zeros(shape, np.float32)
+    return Distributions(
+        **arrays,
+        step_lengths=tuple(steps),
+        rejected_ids=rejected,
+        rejected_lengths=tuple(num_rejected),
     )
-    if ids.shape != probs.shape or lengths.sum() != num:
-        raise ValueError("top_ids, top_probs and accepted do not fit together")
-    steps = tuple(lengths[lengths > 0].tolist())
-    return Distributions(top_ids=ids, top_probs=probs, step_lengths=steps)
 
 
 def _columns(filesystem: pafs.FileSystem, part: str, names: list[str]) -> list[list[Any]]:

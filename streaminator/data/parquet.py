@@ -4,7 +4,8 @@
 Invariants
 - A part file appears whole or not at all (`streaminator.data.files`).
 - A (prompt_id, sample_index) is in one part only; `finished` refuses anything else.
-- `top_ids` and `top_probs` are there in full for every token of a row, or null.
+- `top_ids` and `top_probs` are there in full for every token of a row, or null; the `rejected_`
+  columns with them.
 - Rows leave the buffer only after their part is written. A failed or interrupted flush can be
   repeated: it writes the same part name again, so that no row is ever there twice.
 - Every column carries its description in the Parquet schema (field metadata `doc`).
@@ -20,6 +21,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
@@ -75,6 +77,18 @@ COMPLETIONS = _schema(
         pa.list_(pa.list_(pa.float32())),
         "per token: their probabilities at the sampling temperature, before top_k, top_p and min_p",
     ),
+    (
+        "rejected_ids",
+        pa.list_(pa.int32()),
+        "rejected drafts whose continuation was learned; null likewise",
+    ),
+    ("rejected_lengths", pa.list_(pa.int16()), "per decoding step with tokens: of these, how many"),
+    (
+        "rejected_top_ids",
+        pa.list_(pa.list_(pa.int32())),
+        "per rejected token: the model's most likely tokens after it and its draft before it",
+    ),
+    ("rejected_top_probs", pa.list_(pa.list_(pa.float32())), "per rejected token: of these"),
     ("answer", pa.string(), "answer found in the text"),
     ("gold_answer", pa.string(), "reference answer"),
     ("is_correct", pa.bool_(), "whether they agree; null: not graded"),
@@ -143,6 +157,12 @@ def completions_schema(metadata_columns: Sequence[str] = ()) -> pa.Schema:
     return schema
 
 
+_OF_DISTRIBUTIONS = (
+    "top_ids", "top_probs", "rejected_ids", "rejected_top_ids", "rejected_top_probs",
+    "rejected_lengths",
+)  # fmt: skip
+
+
 def completion_row(
     completion: Completion,
     *,
@@ -173,8 +193,10 @@ def completion_row(
         "num_accepted_tokens": sum(completion.accepted),
         "cumulative_logprob": math.fsum(completion.logprobs) if completion.logprobs else None,
         "logprobs": completion.logprobs if logprobs else None,
-        "top_ids": distributions.top_ids.tolist() if distributions else None,
-        "top_probs": distributions.top_probs.tolist() if distributions else None,
+        **{
+            name: np.asarray(getattr(distributions, name)).tolist() if distributions else None
+            for name in _OF_DISTRIBUTIONS
+        },
         "answer": grade.answer,
         "gold_answer": grade.gold,
         "is_correct": grade.is_correct,

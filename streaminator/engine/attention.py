@@ -86,21 +86,25 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
     for group in stream.batch.groups:
-        _attend_group(output, query, stream.cache, layer, group, scale, sliding_window, softcap)
+        past = stream.cache.read(layer, group.block_table)
+        if group.has_own_keys:
+            lines = torch.arange(len(group.rows), device=query.device)
+            for kept, new in zip(past, (key, value), strict=True):
+                kept[lines, :, group.query_positions[:, 0]] = new[group.rows[:, 0]].to(kept.dtype)
+        _attend_group(output, query, past, group, scale, sliding_window, softcap)
     return output[None], None
 
 
 def _attend_group(
     output: torch.Tensor,
     query: torch.Tensor,
-    cache: KVCache,
-    layer: int,
+    past: tuple[torch.Tensor, torch.Tensor],
     group: AttentionGroup,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> None:
-    key, value = cache.read(layer, group.block_table)
+    key, value = past
     num_sequences, num_queries = group.rows.shape
     num_kv_heads = key.shape[1]
     num_groups = query.shape[1] // num_kv_heads

@@ -33,6 +33,9 @@ class AttentionGroup:
     """[B, Q] position of each query in its sequence; 0 where padded."""
     valid: torch.Tensor | None
     """[num_valid] flat indices into B * Q that are not padding; None: all are valid."""
+    has_own_keys: bool = False
+    """Second choices (Q = 1): each sees its own key and value, not what the cache holds at its
+    position, which is the first choice's."""
     masks: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)
     """Additive masks [B, 1, G * Q, L] by sliding window and G, made on first use."""
 
@@ -46,7 +49,8 @@ class Batch:
     positions: torch.Tensor
     """[1, T]."""
     slot_mapping: torch.Tensor
-    """[num_tokens] place of each token's key and value: block * block_size + offset."""
+    """Place of each token's key and value: block * block_size + offset; second choices, which come
+    last, have none."""
     groups: list[AttentionGroup]
     sampled_rows: torch.Tensor
     """[R, padded] rows whose logits are needed."""
@@ -59,7 +63,9 @@ class Batch:
 
 
 def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> Batch:
-    """Lay out each sequence's scheduled tokens and its draft, one sequence after another."""
+    """Lay out each sequence's scheduled tokens and its draft, one sequence after another, then the
+    second choices of all.
+    """
     tokens: list[int] = []
     positions: list[np.ndarray] = []
     slots: list[np.ndarray] = []
@@ -86,6 +92,15 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
             keys.extend([sequence.noise_key] * num_rows)
             drawn = len(sequence.token_ids) - sequence.num_prompt_tokens
             noise_positions.extend(range(drawn, drawn + num_rows))
+    seconds = [(s, *item) for s in sequences for item in s.alternatives.items()]
+    first_second = len(tokens)
+    for sequence, place, token in seconds:
+        sampled.append(len(tokens))
+        tokens.append(token)
+        positions.append(np.array([len(sequence.token_ids) + place]))
+        keys.append(sequence.noise_key)
+        drawn = len(sequence.token_ids) - sequence.num_prompt_tokens
+        noise_positions.append(drawn + place + 1)
     padding = -len(tokens) % ROW_MULTIPLE
 
     def tensor(values: object) -> torch.Tensor:
@@ -96,6 +111,8 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
         _group([sequences[i] for i in members], starts, lengths, members, tensor)
         for members in _group_by_length(lengths)
     ]
+    if seconds:
+        groups.append(_group_of_seconds(seconds, first_second, tensor))
     return Batch(
         input_ids=tensor([*tokens, *pad])[None],
         positions=tensor(np.concatenate([*positions, pad]))[None],
@@ -139,4 +156,17 @@ def _group(members, starts, lengths, indices, tensor) -> AttentionGroup:  # noqa
         block_table=tensor(table),
         query_positions=tensor(query_positions),
         valid=None if is_valid.all() else tensor(np.flatnonzero(is_valid)),
+    )
+
+
+def _group_of_seconds(seconds, first, tensor) -> AttentionGroup:  # noqa: ANN001
+    table = np.zeros((len(seconds), max(len(s.block_table) for s, _, _ in seconds)), dtype=np.int64)
+    for line, (sequence, _, _) in enumerate(seconds):
+        table[line, : len(sequence.block_table)] = sequence.block_table
+    return AttentionGroup(
+        rows=tensor(first + np.arange(len(seconds))[:, None]),
+        block_table=tensor(table),
+        query_positions=tensor([[len(s.token_ids) + place] for s, place, _ in seconds]),
+        valid=None,
+        has_own_keys=True,
     )

@@ -112,6 +112,11 @@ class BlockManager:
             self._block_of_key[key] = block
             self._key_of_block[block] = key
 
+    def forget(self) -> None:
+        """Find no block by its content any more: the weights it was computed with have changed."""
+        self._block_of_key.clear()
+        self._key_of_block.clear()
+
     def check_integrity(self, tables: Sequence[Sequence[int]]) -> None:
         """Raise AssertionError unless `tables`, all that are held, explain every reference."""
         expected = [0] * self.num_blocks

@@ -14,38 +14,12 @@ from streaminator.config import EngineConfig, ModelConfig
 from streaminator.engine.attention import NAME, Stream, attention
 from streaminator.engine.batch import Batch
 from streaminator.engine.checkpoint import load_model
+from streaminator.engine.device import resolve_device, resolve_dtype
 from streaminator.engine.kv_cache import KVCache, LayerShape, bytes_per_block
 from streaminator.engine.reproducible import separate_expert_rows
-from streaminator.errors import ConfigError, DeviceError, ModelError, first_line
+from streaminator.errors import ConfigError, ModelError, first_line
 
 AttentionInterface.register(NAME, attention)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device meant by --device.
-
-    Raises: DeviceError when it is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"--device {name}: give cpu, cuda, cuda:N or auto")
-    if device.type == "cuda":
-        num = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= num:
-            raise DeviceError(f"--device {name}: this machine has {num} CUDA devices; use cpu")
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type meant by --dtype: auto is float32 on a CPU and bfloat16 on a GPU."""
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else "bfloat16"
-    return getattr(torch, name)
 
 
 class ModelRunner:
@@ -79,6 +53,12 @@ class ModelRunner:
         return limit
 
     @property
+    def device_name(self) -> str:
+        """The accelerator's name, or "cpu"."""
+        is_cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if is_cuda else "cpu"
+
+    @property
     def num_parameters(self) -> int:
         """Weights of the model, tied ones once."""
         return self.model.num_parameters()
@@ -105,12 +85,7 @@ class ModelRunner:
             max_length: most tokens of one sequence that the run expects.
         """
         per_block = bytes_per_block(self.shapes, config.block_size, self.dtype)
-        num_blocks = config.num_blocks
-        if num_blocks is None:
-            per_sequence = -(-max_length // config.block_size) + 1
-            # A full stream, and the prompts of as many idle ones.
-            wanted = 2 * config.stream_width * per_sequence + 1
-            num_blocks = max(per_sequence + 1, min(wanted, _free_bytes(self.device) // per_block))
+        num_blocks = self.num_blocks(config, max_length)
         try:
             return KVCache(
                 self.shapes,
@@ -124,6 +99,16 @@ class ModelRunner:
                 f"--num_blocks {num_blocks}: the KV cache would take "
                 f"{num_blocks * per_block / 2**20:.0f} MiB, more than there is; give fewer"
             ) from error
+
+    def num_blocks(self, config: EngineConfig, max_length: int) -> int:
+        """As many as a full stream can use, within the memory that is free now; see `make_cache`."""
+        if config.num_blocks is not None:
+            return config.num_blocks
+        per_block = bytes_per_block(self.shapes, config.block_size, self.dtype)
+        per_sequence = -(-max_length // config.block_size) + 1
+        # A full stream, and the prompts of as many idle ones.
+        wanted = 2 * config.stream_width * per_sequence + 1
+        return max(per_sequence + 1, min(wanted, _free_bytes(self.device) // per_block))
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:

@@ -91,7 +91,8 @@ class Scheduler:
             index += 1
             num = sequence.num_uncached_tokens
             if self._kv_cache and num > 1:
-                # Prefill in chunks; decoding (1 token) is never held back by the budget.
+                # Prefill in chunks; decoding (1 token) is never held back by the budget, nor 2 after
+                # an accepted second choice, unless as many sequences as the budget has tokens run.
                 num = min(num, budget)
                 budget -= num
             sequence.num_scheduled_tokens = num

@@ -86,31 +86,30 @@ class DraftBudget:
         self._tokens = 0.0
         self._seconds = 0.0
 
-    def cut(
-        self, survival: NDArray[np.float32], lengths: NDArray[np.int64], num_tokens: int, num: int
-    ) -> NDArray[np.int64]:
-        """How much of each chain to verify.
+    def cut(self, survival: NDArray[np.float32], num_tokens: int, num: int) -> NDArray[np.bool_]:
+        """Which drafted tokens to verify.
 
         Args:
-            survival: [n, k] probability that a token and all before it in its chain are accepted.
-            lengths: [n] of the chains.
+            survival: [n, 2, k] chance that a token is accepted (with all before it in its chain):
+                of the chain's tokens, then of the second choices beside them; 0 where there is none.
             num_tokens: the step's packed tokens without drafts.
             num: sequences that gain a token without drafts.
 
         Returns:
-            [n] lengths, none above those given.
+            [n, 2, k] what pays; of a chain a prefix.
         """
-        # Survival never rises along a chain, and the sort is stable: the best are prefixes.
-        order = np.argsort(-survival, axis=None, kind="stable")
-        order = order[: min(int(lengths.sum()), self.costs.max_tokens)]
-        gains = np.concatenate([[0.0], np.cumsum(survival.flat[order], dtype=np.float64)])
-        costs = self.costs(num_tokens + np.arange(len(gains)))
+        most = min(int(np.count_nonzero(survival)), self.costs.max_tokens)
+        costs = self.costs(num_tokens + np.arange(most + 1))
         speed = self._tokens / self._seconds if self._seconds else num / costs[0]
-        best = int(np.argmax(gains - speed * costs))
+        order, best = _likeliest(survival, speed * costs)
+        if best and (pays_again := speed * (costs[best] - costs[0]) / best) > 0:
+            # A second choice that is right is computed once more, in the next step.
+            worth = survival * np.array([[1], [max(1 - pays_again, 0)]], np.float32)
+            order, best = _likeliest(worth, speed * costs)
         self._move_floor(survival.flat[order], best)
-        if best == 0:
-            return np.zeros_like(lengths)
-        return np.bincount(order[:best] // survival.shape[1], minlength=len(lengths))
+        pays = np.zeros(survival.shape, bool)
+        pays.flat[order[:best]] = True
+        return pays
 
     def observe(
         self, num_tokens: int, num_prefill_tokens: int, gained: int, seconds: float
@@ -135,18 +134,19 @@ class DraftBudget:
         self.floor = min(max(floor, _MIN_FLOOR), _MAX_FLOOR)
 
 
-def count_by_survival(
-    survival: NDArray[np.float32], lengths: Sequence[int], accepted: Sequence[int]
-) -> NDArray[np.int64]:
-    """[2, 10] verified and accepted tokens by tenths of the chance that they were given.
+def _likeliest(
+    worth: NDArray[np.float32], prices: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], int]:
+    """Flat indices by falling worth, and of how many the sum of worth exceeds the price most."""
+    # Worth never rises along a chain nor from it to the side, and the sort is stable.
+    order = np.argsort(-worth, axis=None, kind="stable")[: len(prices) - 1]
+    gains = np.concatenate([[0.0], np.cumsum(worth.flat[order], dtype=np.float64)])
+    return order, int(np.argmax(gains - prices))
 
-    Args:
-        survival: [n, k] as drafted.
-        lengths: [n] how much of each chain was verified.
-        accepted: [n] how much of it was accepted.
-    """
+
+def count_by_survival(
+    survival: NDArray[np.float32], masks: Sequence[NDArray[np.bool_]]
+) -> NDArray[np.int64]:
+    """[len(masks), 10] tokens of each mask, by tenths of the chance that they were given."""
     tenths = np.minimum((survival * 10).astype(np.int64), 9)
-    position = np.arange(survival.shape[1])
-    ends = np.array([lengths, accepted], np.int64)
-    is_in = position < ends[:, :, None]
-    return np.stack([np.bincount(tenths[mask], minlength=10) for mask in is_in])
+    return np.stack([np.bincount(tenths[mask], minlength=10) for mask in masks])

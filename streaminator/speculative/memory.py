@@ -2,7 +2,7 @@
 """The memory of everything a worker's prompts have said, and drafts from it.
 
 Each open prompt has a table of the contexts in its prompt and completions (up to 12 tokens), all
-prompts together have one more (up to 4 tokens). Drafts are chains. See `memory_kernels` for how
+prompts together have one more (up to 4 tokens). Drafts are chains, with second choices beside them. See `memory_kernels` for how
 orders are mixed, how long a draft gets and what the sampler's noise is for.
 
 Invariants
@@ -22,8 +22,8 @@ stood last.
 Used by: `memory_store` (the stream), `replay`.
 """
 
-from collections.abc import Sequence
-from itertools import chain, pairwise, repeat
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from streaminator.sequence import Distributions
 from streaminator.speculative import memory_kernels as kernels
+from streaminator.speculative import memory_learning as learning
 from streaminator.speculative import memory_rates as rates
 from streaminator.speculative.arena import Arena
 from streaminator.speculative.memory_tables import (
@@ -53,17 +54,22 @@ MAX_DRAFT = 64
 _MIN_ROWS = 256
 _SHARED = 0
 _CHUNK = 512  # tokens learned between two looks at the room left
+_NOTHING = np.zeros(0, np.int64)
 
 
 class Drafts(NamedTuple):
-    """Chains for n sequences, padded to the longest."""
+    """Guesses for n sequences: chains, and second choices beside them, padded to the longest."""
 
     tokens: Ints
-    """[n, k] token ids, 0 behind the end."""
-    lengths: Ints
-    """[n]"""
+    """[n, 2, k] token ids of the chains and of the second choices."""
     survival: NDArray[np.float32]
-    """[n, k] probability that the token and all before it are accepted; 0 behind the end."""
+    """[n, 2, k] chance that the token, and all of the chain before it, is accepted; 0: none here.
+    It never rises along a chain, nor from it to the side."""
+
+    @property
+    def lengths(self) -> Ints:
+        """[n] of the chains."""
+        return np.count_nonzero(self.survival[:, 0], axis=1)
 
 
 class Memory:
@@ -102,7 +108,7 @@ class Memory:
         self._prompts: dict[str, int] = {}  # least recently started first
         self._running = np.zeros((8, 6), np.int64)
         self._tails = np.zeros((8, MAX_ORDER), np.int64)
-        self._predictions = np.zeros((8, MAX_DRAFT, 2 + len(self._strengths)), np.int64)
+        self._predictions = np.zeros((8, MAX_DRAFT, 4 + len(self._strengths)), np.int64)
         self._free_handles = list(range(7, -1, -1))
         self._starts: dict[str, tuple[int, ...]] = {}
         self._mixing = np.zeros(rates.MIXING_SHAPE)
@@ -111,6 +117,7 @@ class Memory:
         self._recency[:, 2] = 1
         self._num_learned = np.zeros(1, np.int64)
         self._hits = np.zeros(rates.HITS_SHAPE)
+        self._second_hits = np.zeros(rates.SECONDS_SHAPE)
         self._noise_hits = np.zeros((rates.NUM_MATCHES, len(self._strengths)))
         if noise:
             self._noise_hits[:, rates.FIRST_STRENGTH] = 2
@@ -152,11 +159,24 @@ class Memory:
             handle = self._new_handle(prompt_id, (), 0)
             self._observe(handle, prompt_token_ids, shared=False)
             self.finish(handle)
+        self.learn(prompt_id, finished, distributions)
+
+    def learn(
+        self,
+        prompt_id: str,
+        finished: Sequence[Sequence[int]],
+        distributions: Sequence[Distributions | None] = (),
+    ) -> None:
+        """Learn from completions of an open prompt that were drawn elsewhere."""
         if self._learns_completions:
             for token_ids, top in zip(finished, chain(distributions, repeat(None)), strict=False):
                 handle = self._new_handle(prompt_id, self._starts[prompt_id], 0)
                 self._observe(handle, token_ids, shared=self._shared, top=top)
                 self.finish(handle)
+
+    def has_table(self, prompt_id: str) -> bool:
+        """Whether an open prompt still has what it learned: its table may have given way."""
+        return bool(self._tables[self._prompts[prompt_id], NUM_SLOTS])
 
     def close(self, prompt_id: str) -> None:
         """Forget a prompt; what the shared tier learned from it stays."""
@@ -191,19 +211,18 @@ class Memory:
 
         Args:
             handles: [n] each at most once.
-            caps: [n] most tokens for each.
+            caps: [n] most tokens for each, second choices included.
         """
         caps = np.clip(caps, 0, MAX_DRAFT)
-        tokens = np.zeros((len(handles), int(caps.max(initial=0))), np.int64)
+        tokens = np.zeros((len(handles), 2, int(caps.max(initial=0))), np.int64)
         survival = np.zeros(tokens.shape, np.float32)
         kernels.draft(
             self._arena.rows, self._tables, self._running, self._tails, handles, caps,
-            self.min_survival, self._mixing, self._seen, self._recency, self._hits, self._strengths, self._noise_hits,
-            self._shared, self._predictions, tokens, survival,
+            self.min_survival, self._mixing, self._seen, self._recency, self._hits, self._second_hits,
+            self._strengths, self._noise_hits, self._shared, self._predictions, tokens, survival,
         )  # fmt: skip
-        lengths = np.count_nonzero(survival, axis=1)
-        width = int(lengths.max(initial=0))
-        return Drafts(tokens[:, :width], lengths, survival[:, :width])
+        width = int(np.count_nonzero(survival[:, 0], axis=1).max(initial=0))
+        return Drafts(tokens[..., :width], survival[..., :width])
 
     def commit(
         self,
@@ -212,6 +231,8 @@ class Memory:
         lengths: Ints,
         top_ids: Ints | None = None,
         top_probs: NDArray[np.float32] | None = None,
+        rejected: Ints = _NOTHING,
+        num_rejected: Ints | None = None,
     ) -> None:
         """Append the tokens drawn in a step and learn from them.
 
@@ -219,16 +240,21 @@ class Memory:
             handles: [n] each at most once.
             tokens: [m] new tokens of all sequences, one after another.
             lengths: [n] how many belong to each: accepted drafts and one more.
-            top_ids: [m, M] the target's most likely tokens where each token was drawn.
-            top_probs: [m, M] their probabilities as sampled from.
+            top_ids: [m + r, M] the target's most likely tokens where each token was drawn, then
+                after each rejected one, sequence by sequence.
+            top_probs: [m + r, M] their probabilities as sampled from.
+            rejected: [r] drafts behind the accepted ones, whose distributions are known.
+            num_rejected: [n] how many belong to each; default: none.
         """
         if top_ids is None or top_probs is None:
-            top_ids, top_probs = _no_distributions(len(tokens))
+            top_ids, top_probs = _no_distributions(len(tokens) + len(rejected))
+        if num_rejected is None:
+            num_rejected = np.zeros_like(lengths)
         if self._learns_completions:
-            self._make_room(handles, lengths, 1 + top_ids.shape[1] / 4)
-        kernels.learn(
+            self._make_room(handles, lengths + num_rejected, 1 + top_ids.shape[1] / 4)
+        learning.learn(
             self._arena.rows, self._tables, self._running, self._tails, handles, tokens, lengths,
-            top_ids, top_probs, self._mixing, self._seen, self._recency, self._num_learned, self._hits, self._noise_hits, self._predictions,
+            rejected, num_rejected, top_ids, top_probs, self._mixing, self._seen, self._recency, self._num_learned, self._hits, self._second_hits, self._noise_hits, self._predictions,
             self._learns_completions, self._shared and self._learns_completions, True,
         )  # fmt: skip
 
@@ -243,21 +269,14 @@ class Memory:
         """Count a text without judging drafts by it."""
         handles = np.array([handle])
         chunk = max(1, min(_CHUNK, self._max_rows // 64))
-        if top is None:
-            top_ids, top_probs = _no_distributions(len(token_ids))
-            ends = list(range(chunk, len(token_ids) + chunk, chunk))
-        else:
-            # In the steps it was drawn in: when tables grow decides what overflows are cut.
-            top_ids, top_probs = top.top_ids.astype(np.int64), top.top_probs.astype(np.float32)
-            ends = np.cumsum(top.step_lengths).tolist()
-        for first, end in pairwise([0, *ends]):
-            tokens = np.array(token_ids[first:end], np.int64)
-            lengths = np.array([len(tokens)])
-            self._make_room(handles, lengths, 1 + top_ids.shape[1] / 4)
-            kernels.learn(
+        steps = _chunks(token_ids, chunk) if top is None else _steps(token_ids, top)
+        for tokens, rejected, top_ids, top_probs in steps:
+            lengths, num_rejected = np.array([len(tokens)]), np.array([len(rejected)])
+            self._make_room(handles, lengths + num_rejected, 1 + top_ids.shape[1] / 4)
+            learning.learn(
                 self._arena.rows, self._tables, self._running, self._tails, handles, tokens,
-                lengths, top_ids[first:end], top_probs[first:end], self._mixing, self._seen,
-                self._recency, self._num_learned, self._hits,
+                lengths, rejected, num_rejected, top_ids, top_probs, self._mixing, self._seen,
+                self._recency, self._num_learned, self._hits, self._second_hits,
                 self._noise_hits, self._predictions, True, shared, False,
             )  # fmt: skip
 
@@ -323,7 +342,8 @@ class Memory:
     def _allocate(self, table: int, num_rows: int, num_slots: int | None = None) -> bool:
         """Give a table an empty range, at the cost of other prompts if need be."""
         start = self._arena.allocate(num_rows)
-        victims = (n for n in list(self._prompts.values()) if n != table)
+        others = list(self._prompts.values())
+        victims = (n for n in others if n != table and self._tables[n, NUM_ROWS])
         while start is None:
             victim = next(victims, None)
             if victim is None:
@@ -348,3 +368,31 @@ class Memory:
 
 def _no_distributions(num: int) -> tuple[Ints, NDArray[np.float32]]:
     return np.zeros((num, 0), np.int64), np.zeros((num, 0), np.float32)
+
+
+_Step = tuple[Ints, Ints, Ints, NDArray[np.float32]]
+"""Tokens, rejected drafts, and the distributions as `Memory.commit` takes them."""
+
+
+def _chunks(token_ids: Sequence[int], length: int) -> Iterator[_Step]:
+    for first in range(0, len(token_ids), length):
+        tokens = np.array(token_ids[first : first + length], np.int64)
+        yield tokens, _NOTHING, *_no_distributions(len(tokens))
+
+
+def _steps(token_ids: Sequence[int], top: Distributions) -> Iterator[_Step]:
+    """In the steps it was drawn in: when tables grow decides what overflows are cut."""
+    first = first_rejected = 0
+    knows = top.top_ids.shape[1] > 0
+    for length, num_rejected in zip(top.step_lengths, top.rejected_lengths, strict=True):
+        own = slice(first, first + length)
+        others = slice(first_rejected, first_rejected + num_rejected * knows)
+        ids = np.concatenate([top.top_ids[own], top.rejected_top_ids[others]])
+        probs = np.concatenate([top.top_probs[own], top.rejected_top_probs[others]])
+        yield (
+            np.array(token_ids[own], np.int64),
+            top.rejected_ids[others].astype(np.int64),
+            ids.astype(np.int64),
+            probs.astype(np.float32),
+        )
+        first, first_rejected = own.stop, others.stop

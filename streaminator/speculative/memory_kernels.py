@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # In compiled code the integers of Python and numpy are one.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
-"""Compiled loops of the memory: mix the orders, draft chains, learn from what was verified.
+"""Compiled loops of the memory: mix the orders, draft chains and second choices.
 
 Mixing. Each context known so far gives an estimate of the next token, its continuations' shares.
 From the longest match of the prompt's own table down, then the same in the shared table, a
@@ -19,7 +19,10 @@ Noise. The sampler draws argmax(log p + g) with g a hash that is known here too,
 argmax(log q + strength * g); the strength is the one of NOISE_STRENGTHS that would have hit most
 often where matches were alike.
 
-Used by: `memory`.
+Second choices. Where the chain may go wrong, the second best candidate is drafted beside it (a tree
+whose branches are one token long); its chance is learned by its share of what the first leaves.
+
+Used by: `memory`, `memory_learning`.
 """
 
 import math
@@ -44,11 +47,9 @@ from streaminator.speculative.memory_rates import (
     gumbel,
     hit_rate,
     kind_of,
-    learn_hits,
-    learn_mixing,
-    learn_recency,
     log_bin,
     part_of,
+    second_rate,
 )
 from streaminator.speculative.memory_tables import (
     CLOCK,
@@ -62,24 +63,20 @@ from streaminator.speculative.memory_tables import (
     START,
     Ints,
     Rows,
-    count_token,
     find,
-    find_all,
     hash_contexts,
     jit,
     total_of,
 )
 
-_MAX_CANDIDATES = 64
-_ENOUGH = 0.01  # of the mass may stay unexplained: what is left cannot change the draft
+MAX_CANDIDATES = 64
+ENOUGH = 0.01  # of the mass may stay unexplained: what is left cannot change the draft
 _HOPELESS = 0.01  # of the best candidate's mass: the noise would have to be rare
 _LEAST = 0.001  # mass that makes a candidate
-_LONG = 8  # place of the shortest own match that spares the shared table
-_EAGER, _SELDOM = 8192, 4  # parts are fitted to the first tokens, then to every fourth
 
 
 @jit
-def _mix_tier(
+def mix_tier(
     rows: Rows,
     table: Ints,
     tier: int,
@@ -126,7 +123,7 @@ def _mix_tier(
                 while slot < size and tokens[slot] != token:
                     slot += 1
                 if slot == size:
-                    if size == _MAX_CANDIDATES or mass < _LEAST:
+                    if size == MAX_CANDIDATES or mass < _LEAST:
                         continue
                     size += 1
                     tokens[slot] = token
@@ -137,7 +134,7 @@ def _mix_tier(
             at = at + table[START] if at >= 0 else at
             column, num = 0, 3
         rest *= 1 - part
-        if rest < _ENOUGH:
+        if rest < ENOUGH:
             return size, rest, False, longest, count
         if rest > 0.5:
             continue
@@ -163,21 +160,24 @@ def _choose(
     position: int,
     best: Floats,
     picks: Ints,
-) -> float:
+) -> tuple[float, int, float]:
     """For each strength of the noise the index of the best candidate.
 
-    Returns: with noise how far the best one at `strength` leads the next, from one half to one;
-    without one.
+    Returns: with noise how far the best one at `strength` leads the next, from one half to one,
+    without one; the index of the next, -1: there is none; the same lead of it over the third.
     """
-    top = 0
+    top, next_index = 0, -1
     for index in range(1, size):
         if masses[index] > masses[top]:
-            top = index
+            top, next_index = index, top
+        elif next_index < 0 or masses[index] > masses[next_index]:
+            next_index = index
     if len(strengths) == 1:
         picks[0] = top
-        return 1.0
+        return 1.0, next_index, 1.0
     best[:] = -np.inf
-    second = -np.inf
+    second = third = -np.inf
+    next_index = -1
     for index in range(size):
         if masses[index] < _HOPELESS * masses[top]:
             continue
@@ -187,12 +187,18 @@ def _choose(
             here = score + strengths[j] * noise
             if here > best[j]:
                 if j == strength:
-                    second = best[j]
+                    third, second = second, best[j]
+                    next_index = picks[j] if best[j] > -np.inf else -1
                 best[j] = here
                 picks[j] = index
             elif j == strength and here > second:
-                second = here
-    return 1 / (1 + math.exp(second - best[strength]))
+                third, second, next_index = second, here, index
+            elif j == strength and here > third:
+                third = here
+    lead = 1 / (1 + math.exp(second - best[strength]))
+    if next_index < 0:
+        return lead, -1, 0.0
+    return lead, next_index, 1 / (1 + math.exp(third - second))
 
 
 @jit
@@ -208,6 +214,7 @@ def draft(
     seen: Rows,
     recency: Floats,
     hits: Floats,
+    second_hits: Floats,
     strengths: Floats,
     noise_hits: Floats,
     use_shared: bool,
@@ -215,29 +222,32 @@ def draft(
     out_tokens: Ints,
     out_survival: NDArray[np.float32],
 ) -> None:
-    """Draft a chain for each handle; what was predicted is kept for `learn` in `predictions`.
+    """Draft a chain for each handle, and second choices beside it.
+
+    What was predicted is kept for `learn` in `predictions`.
 
     Args:
         rows, tables: the arena and the tables' records; table 0 is the shared one.
         running, tails: state of running sequences.
-        handles, caps: [n] whom to draft for, at most how many tokens.
+        handles, caps: [n] whom to draft for, at most how many tokens, second choices included.
         min_survival: drafting stops at the first token less likely to be accepted.
-        mixing, recency, hits, strengths, noise_hits: what was learned about each.
+        mixing, recency, hits, second_hits, strengths, noise_hits: what was learned about each.
         seen: [tables, NUM_SEEN] where tokens stood last.
         use_shared: whether the shared table is mixed in.
-        predictions: [H, K, 2 + S] token, bucket and the token by each strength.
-        out_tokens, out_survival: [n, K] zeroed; survival 0 is behind the end of a draft.
+        predictions: [H, K, 4 + S] token, bucket, second choice (-1: none) and its share, and the
+            token by each strength.
+        out_tokens, out_survival: [n, 2, K] zeroed, chains and second choices; survival 0: none.
     """
     keys = np.empty(NUM_CONTEXTS, np.uint64)
     # Without noise a lead above what is left decides; noise may turn a larger lead around.
     factor = recency[:, 2].max() if len(strengths) == 1 else 20.0
-    tokens = np.empty(_MAX_CANDIDATES, np.int64)
-    masses = np.empty(_MAX_CANDIDATES, np.float64)
-    ages = np.empty(_MAX_CANDIDATES, np.int64)
+    tokens = np.empty(MAX_CANDIDATES, np.int64)
+    masses = np.empty(MAX_CANDIDATES, np.float64)
+    ages = np.empty(MAX_CANDIDATES, np.int64)
     picks = np.zeros(len(strengths), np.int64)
     best = np.empty(len(strengths), np.float64)
-    text = np.empty(MAX_ORDER + out_tokens.shape[1], np.int64)
-    restore = np.empty(out_tokens.shape[1], np.int32)
+    text = np.empty(MAX_ORDER + out_tokens.shape[2], np.int64)
+    restore = np.empty(out_tokens.shape[2], np.int32)
     for n in range(len(handles)):
         handle = handles[n]
         state = running[handle]
@@ -252,7 +262,7 @@ def draft(
             hash_contexts(text, end, known, keys)
             # What was never seen after n tokens was not after n + 1 in the step before.
             clock = own[CLOCK] + step
-            size, rest, matters, longest, count = _mix_tier(
+            size, rest, matters, longest, count = mix_tier(
                 rows, own, 0, keys, start, mixing, own_seen, clock, recency, tokens, masses, ages,
                 0, 1.0, factor,
             )  # fmt: skip
@@ -261,7 +271,7 @@ def draft(
             if longest < NUM_CONTEXTS:
                 match = (NUM_CONTEXTS - longest) * MATCH_BINS + log_bin(count, MATCH_BINS)
             if use_shared and matters:
-                size, rest, _, longest, _ = _mix_tier(
+                size, rest, _, longest, _ = mix_tier(
                     rows, tables[0], 1, keys, FIRST_SHARED, mixing, own_seen, clock, recency,
                     tokens, masses, ages, size, rest, factor,
                 )  # fmt: skip
@@ -270,7 +280,7 @@ def draft(
             if size == 0:
                 break
             strength = np.argmax(noise_hits[match])
-            lead = _choose(
+            lead, second, second_lead = _choose(
                 tokens, masses, size, strengths, strength, state[NOISE_KEY],
                 state[POSITION] + step, best, picks,
             )  # fmt: skip
@@ -284,6 +294,7 @@ def draft(
             run = log_bin(state[RUN] + step + 1, RUN_BINS)
             bucket = (match * RUN_BINS + run) * NUM_SHARES
             bucket += np.searchsorted(SHARE_EDGES, share)
+            before = survival
             survival *= hit_rate(hits, bucket)
             text[end] = tokens[pick]
             # For the rest of the chain it has been said.
@@ -291,96 +302,44 @@ def draft(
             own_seen[tokens[pick] & (NUM_SEEN - 1)] = clock + 1
             predictions[handle, step, 0] = tokens[pick]
             predictions[handle, step, 1] = bucket
+            predictions[handle, step, 2] = -1
             for j in range(len(strengths)):
-                predictions[handle, step, 2 + j] = tokens[picks[j]]
+                predictions[handle, step, 4 + j] = tokens[picks[j]]
             # Also predictions that are not drafted are checked later: no bucket is given up on.
             state[PREDICTED] += 1
             if survival < min_survival:
                 break
-            out_tokens[n, step] = tokens[pick]
-            out_survival[n, step] = survival
+            out_tokens[n, 0, step] = tokens[pick]
+            out_survival[n, 0, step] = survival
+            if second < 0:
+                continue
+            left = known_mass + rest - masses[pick]
+            share = masses[second] / left
+            if len(strengths) > 1:
+                share = second_lead * (known_mass - masses[pick]) / left
+            share_bin = np.searchsorted(SHARE_EDGES, share)
+            predictions[handle, step, 2] = tokens[second]
+            predictions[handle, step, 3] = share_bin
+            # Not before the first choice, so that a draft cut anywhere is a chain and its sides.
+            chance = min(survival, (before - survival) * second_rate(second_hits, share_bin))
+            if chance >= min_survival:
+                out_tokens[n, 1, step] = tokens[second]
+                out_survival[n, 1, step] = chance
+        _keep_best(out_survival[n], caps[n])
         for step in range(state[PREDICTED] - 1, -1, -1):
             own_seen[text[MAX_ORDER + step] & (NUM_SEEN - 1)] = restore[step]
 
 
 @jit
-def learn(
-    rows: Rows,
-    tables: Ints,
-    running: Ints,
-    tails: Ints,
-    handles: Ints,
-    new: Ints,
-    lengths: Ints,
-    top_ids: Ints,
-    top_probs: NDArray[np.float32],
-    mixing: Floats,
-    seen: Rows,
-    recency: Floats,
-    num_learned: Ints,
-    hits: Floats,
-    noise_hits: Floats,
-    predictions: Ints,
-    own_tier: bool,
-    use_shared: bool,
-    learns_rates: bool,
-) -> None:
-    """Append `new` (all handles' tokens, `lengths` of each) and count them.
-
-    `top_ids`, `top_probs` [m, M] hold each new token's distribution; M = 0: tokens only.
-    """
-    longest = 0
-    for n in range(len(handles)):
-        longest = max(longest, lengths[n])
-    text = np.empty(MAX_ORDER + longest, np.int64)
-    keys = np.empty(NUM_CONTEXTS, np.uint64)
-    found = np.empty((2, NUM_CONTEXTS), np.int64)
-    num_tiers = 2 if use_shared else 1
-    tokens = np.empty(_MAX_CANDIDATES, np.int64)
-    masses = np.empty(_MAX_CANDIDATES, np.float64)
-    ages = np.empty(_MAX_CANDIDATES, np.int64)
-    first = 0
-    for n in range(len(handles)):
-        handle, num = handles[n], lengths[n]
-        state = running[handle]
-        own, shared, own_seen = tables[state[TABLE]], tables[0], seen[state[TABLE]]
-        text[:MAX_ORDER] = tails[handle]
-        text[MAX_ORDER : MAX_ORDER + num] = new[first : first + num]
-        if learns_rates:
-            learn_hits(state, predictions[handle], new[first : first + num], hits, noise_hits)
-        for index in range(num):
-            end = MAX_ORDER + index
-            known = min(state[KNOWN] + index, MAX_ORDER)
-            ids, probs = top_ids[first + index], top_probs[first + index]
-            hash_contexts(text, end, known, keys)
-            num_learned[0] += learns_rates
-            if learns_rates and (num_learned[0] < _EAGER or num_learned[0] % _SELDOM == 0):
-                find_all(rows, own, keys, 0, found[0])
-                if use_shared:
-                    find_all(rows, shared, keys, FIRST_SHARED, found[1])
-                learn_mixing(rows, (own, shared), num_tiers, found, text[end], mixing)
-                # Where distributions are stored the factors lost (DECISIONS 0018).
-                if noise_hits.shape[1] == 1:
-                    size, rest, _, _, _ = _mix_tier(
-                        rows, own, 0, keys, 0, mixing, own_seen, own[CLOCK], recency, tokens,
-                        masses, ages, 0, 1.0, np.inf,
-                    )  # fmt: skip
-                    if use_shared and rest >= _ENOUGH:
-                        size, rest, _, _, _ = _mix_tier(
-                            rows, shared, 1, keys, FIRST_SHARED, mixing, own_seen, own[CLOCK], recency,
-                            tokens, masses, ages, size, rest, np.inf,
-                        )  # fmt: skip
-                    learn_recency(tokens, masses, ages, size, rest, text[end], recency)
-            # A distribution says something new each time: twice as many contexts are told.
-            excluded_after = 1 if len(ids) == 0 else 2
-            knew = NUM_CONTEXTS
-            if own_tier and own[NUM_SLOTS] > 0:
-                knew = count_token(rows, own, keys, 0, excluded_after, text[end], ids, probs)
-                own_seen[text[end] & (NUM_SEEN - 1)] = own[CLOCK]
-            # What a long match of its own prompt foretells, the others need not be told again.
-            if use_shared and (knew > _LONG or len(ids) > 0):
-                count_token(rows, shared, keys, FIRST_SHARED, 2, text[end], ids, probs)
-        tails[handle] = text[num : num + MAX_ORDER]
-        state[KNOWN] = min(state[KNOWN] + num, MAX_ORDER)
-        state[POSITION] += num
-        first += num
+def _keep_best(survival: NDArray[np.float32], cap: int) -> None:
+    """Leave the `cap` likeliest of a chain and the second choices beside it."""
+    num = np.count_nonzero(survival)
+    length = np.count_nonzero(survival[0])
+    while num > cap:
+        row, place = 0, length - 1
+        for step in range(length):
+            if 0 < survival[1, step] <= survival[row, place]:
+                row, place = 1, step
+        survival[row, place] = 0
+        length -= row == 0
+        num -= 1

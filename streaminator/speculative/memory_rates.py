@@ -44,6 +44,9 @@ NUM_BUCKETS = NUM_MATCHES * RUN_BINS * NUM_SHARES
 HITS_SHAPE = (NUM_BUCKETS + RUN_BINS * NUM_SHARES + NUM_SHARES, 2)
 """[bucket, (tried, hit)]: finest buckets, then by run and share, then by share."""
 
+SECONDS_SHAPE = (NUM_SHARES, 2)
+"""[the second choice's share of what the first leaves, (first was wrong, second was right)]"""
+
 NUM_SEEN = 4096
 """Per prompt: where a token stood last, by its id modulo this."""
 NUM_AGES = 14
@@ -184,7 +187,21 @@ def learn_recency(
 
 
 @jit
-def learn_hits(state: Ints, predictions: Ints, new: Ints, hits: Floats, noise_hits: Floats) -> None:
+def second_rate(second_hits: Floats, share: int) -> float:
+    """Learned chance of a second choice, given that the first is wrong."""
+    tried, hit = second_hits[share]
+    return (hit + 8 * 0.5 * share / NUM_SHARES) / (tried + 8)
+
+
+@jit
+def learn_hits(
+    state: Ints,
+    predictions: Ints,
+    new: Ints,
+    hits: Floats,
+    second_hits: Floats,
+    noise_hits: Floats,
+) -> None:
     """Compare what was predicted with what was drawn, up to the first that differs."""
     for step in range(min(state[PREDICTED], len(new))):
         bucket = predictions[step, 1]
@@ -199,8 +216,14 @@ def learn_hits(state: Ints, predictions: Ints, new: Ints, hits: Floats, noise_hi
         match = bucket // (RUN_BINS * NUM_SHARES)
         for j in range(noise_hits.shape[1]):
             noise_hits[match, j] *= 1 - 1 / _MEMORY
-            noise_hits[match, j] += 1.0 if predictions[step, 2 + j] == new[step] else 0.0
+            noise_hits[match, j] += 1.0 if predictions[step, 4 + j] == new[step] else 0.0
         if not hit:
+            if predictions[step, 2] >= 0:
+                pair = second_hits[predictions[step, 3]]
+                pair[0] += 1.0
+                pair[1] += 1.0 if predictions[step, 2] == new[step] else 0.0
+                if pair[0] > _HITS_MEMORY:
+                    pair *= 0.5
             state[RUN] = 0
             break
         state[RUN] += 1

@@ -4,15 +4,15 @@
 Used by: `engine.Engine`, with `--speculator memory`.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence as Seq
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streaminator.config import SpeculatorConfig
 from streaminator.sequence import Prompt, Sequence
 from streaminator.speculative.memory import Memory
-from streaminator.speculative.speculator import Gain
+from streaminator.speculative.speculator import Gain, Guesses
 
 
 def _warm_up() -> None:
@@ -21,14 +21,19 @@ def _warm_up() -> None:
     memory.open("", (0, 1, 0, 1), ())
     handles = np.array([memory.start("", (0, 1), 0)])
     memory.draft(handles, np.array([2]))
-    ids, probs = np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32)
-    memory.commit(handles, np.array([0]), np.array([1]), ids, probs)
+    ids, probs = np.zeros((2, 1), np.int64), np.ones((2, 1), np.float32)
+    one = np.array([1])
+    memory.commit(handles, one, one, ids, probs, one, one)
 
 
 class MemoryStore:
-    """Learns every token the moment it is drawn, with the distribution it was drawn from."""
+    """Learns every token the moment it is drawn, with the distribution it was drawn from, and what
+    the model said after the first rejected drafts."""
 
-    def __init__(self, config: SpeculatorConfig, *, is_greedy: bool) -> None:
+    def __init__(
+        self, config: SpeculatorConfig, *, is_greedy: bool, num_kept_prompts: int = 0
+    ) -> None:
+        """`num_kept_prompts`: how many dropped prompts' memories stay, the latest ones."""
         self.num_top = 0 if is_greedy or not config.generation_training else config.num_top_tokens
         self._memory = Memory(
             max_bytes=config.speculator_memory << 20,
@@ -39,6 +44,8 @@ class MemoryStore:
         )
         _warm_up()
         self._open: set[str] = set()
+        self._kept: OrderedDict[str, None] = OrderedDict()
+        self._num_kept_prompts = num_kept_prompts
         self._handles: dict[str, int] = {}
 
     @property
@@ -50,25 +57,19 @@ class MemoryStore:
         """Open the prompt if it is new, and begin the completion."""
         prompt = sequence.prompt
         if prompt.prompt_id not in self._open:
-            self._memory.open(
-                prompt.prompt_id,
-                prompt.token_ids,
-                prompt.finished,
-                [top and top.likeliest(self.num_top) for top in prompt.finished_distributions],
-            )
+            self._reopen(prompt)
             self._open.add(prompt.prompt_id)
         self._handles[prompt.prompt_id] = self._memory.start(
             prompt.prompt_id, sequence.token_ids, sequence.noise_key
         )
 
-    def draft_all(
-        self, sequences: Seq[Sequence], caps: Seq[int], floor: float
-    ) -> tuple[list[list[int]], NDArray[np.float32]]:
+    def draft_all(self, sequences: Seq[Sequence], caps: Seq[int], floor: float) -> Guesses:
         """Draft up to `caps[i]` tokens for `sequences[i]`, while they are likely above `floor`."""
         self._memory.min_survival = floor
         drafts = self._memory.draft(self._arrange(sequences), np.array(caps, np.int64))
-        rows = zip(drafts.tokens.tolist(), drafts.lengths.tolist(), strict=True)
-        return [row[:num] for row, num in rows], drafts.survival
+        rows = zip(drafts.tokens[:, 0].tolist(), drafts.lengths.tolist(), strict=True)
+        chains = [row[:num] for row, num in rows]
+        return Guesses(chains, drafts.tokens[:, 1], drafts.survival)
 
     def commit_all(self, gains: Seq[Gain]) -> None:
         """Learn a step's tokens, and how good its drafts were."""
@@ -80,6 +81,8 @@ class MemoryStore:
             np.array([len(gain.token_ids) for gain in gains], np.int64),
             np.concatenate([gain.top_ids for gain in gains]),
             np.concatenate([gain.top_probs for gain in gains]),
+            np.array([token for gain in gains for token in gain.rejected], np.int64),
+            np.array([len(gain.rejected) for gain in gains], np.int64),
         )
 
     def finish(self, sequence: Sequence, *, has_failed: bool) -> None:
@@ -87,10 +90,22 @@ class MemoryStore:
         self._memory.finish(self._handles.pop(sequence.prompt.prompt_id))
 
     def drop(self, prompt: Prompt) -> None:
-        """Forget a prompt; what the shared tier learned from it stays."""
+        """Forget a prompt, or an older one; what the shared tier learned from it stays."""
         if prompt.prompt_id in self._open:
             self._open.remove(prompt.prompt_id)
+            self._kept[prompt.prompt_id] = None
+            if len(self._kept) > self._num_kept_prompts:
+                self._memory.close(self._kept.popitem(last=False)[0])
+
+    def _reopen(self, prompt: Prompt) -> None:
+        top = [top and top.likeliest(self.num_top) for top in prompt.finished_distributions]
+        if prompt.prompt_id in self._kept:
+            del self._kept[prompt.prompt_id]
+            if self._memory.has_table(prompt.prompt_id):
+                self._memory.learn(prompt.prompt_id, prompt.finished, top)
+                return
             self._memory.close(prompt.prompt_id)
+        self._memory.open(prompt.prompt_id, prompt.token_ids, prompt.finished, top)
 
     def _arrange(self, sequences: Seq[Sequence]) -> np.ndarray:
         handles = [self._handles[sequence.prompt.prompt_id] for sequence in sequences]

@@ -43,11 +43,13 @@ class ReplayReport:
     def __init__(self, num_generations: int, cap: int) -> None:
         self.num_steps = np.zeros(num_generations, np.int64)
         self.drafted = np.zeros((num_generations, cap), np.int64)
-        """[generation, position] tokens drafted; at position 0: steps with a draft."""
+        """[generation, position] tokens drafted in chains; at position 0: steps with a draft."""
         self.accepted = np.zeros((num_generations, cap), np.int64)
         """[generation, position] of them accepted."""
         self.reliability = np.zeros((NUM_BINS, 3))
         """[bin of predicted survival, (drafted, sum of predicted, accepted)]"""
+        self.num_seconds = np.zeros(2, np.int64)
+        """Second choices (drafted, accepted)."""
         self.num_tokens = 0
         """Committed."""
         self.num_learned = 0
@@ -69,13 +71,13 @@ class ReplayReport:
 
     @property
     def num_drafted(self) -> int:
-        """Tokens drafted."""
-        return int(self.drafted.sum())
+        """Tokens drafted, second choices included."""
+        return int(self.drafted.sum() + self.num_seconds[0])
 
     @property
     def num_accepted(self) -> int:
-        """Drafted tokens accepted."""
-        return int(self.accepted.sum())
+        """Drafted tokens accepted, second choices included."""
+        return int(self.accepted.sum() + self.num_seconds[1])
 
     @property
     def acceptance(self) -> NDArray[np.float64]:
@@ -158,13 +160,16 @@ def replay(
         if not slots:
             return report
         handles, at, end, generations = running.T.copy()
-        drafts, lengths, survival = timed(speculator.draft, handles, np.full(len(slots), cap))
-        places = np.arange(drafts.shape[1])
-        right = drafts == log[at[:, None] + places]
-        right &= places < np.minimum(lengths, end - at)[:, None]
-        right = np.logical_and.accumulate(right, axis=1)
-        _count(report, generations, places < lengths[:, None], right, survival)
-        num_new = np.minimum(right.sum(1) + 1, end - at)
+        drafts, survival = timed(speculator.draft, handles, np.full(len(slots), cap))
+        places = np.arange(drafts.shape[2])
+        drafted = survival != 0
+        right = drafted & (drafts == log[at[:, None] + places][:, None])
+        right &= (places < (end - at)[:, None])[:, None]
+        right[:, 0] = np.logical_and.accumulate(right[:, 0], axis=1)
+        # A second choice counts where the chain goes wrong.
+        right[:, 1:] &= (places == right[:, 0].sum(1)[:, None])[:, None]
+        _count(report, generations, drafted, right, survival)
+        num_new = np.minimum(right.sum((1, 2)) + 1, end - at)
         within = np.arange(num_new.sum()) - np.repeat(np.cumsum(num_new) - num_new, num_new)
         timed(speculator.commit, handles, log[np.repeat(at, num_new) + within], num_new)
         report.num_tokens += len(within)
@@ -191,10 +196,11 @@ def _count(
     right: NDArray[np.bool_],
     survival: NDArray[np.float32],
 ) -> None:
-    width = drafted.shape[1]
+    width = drafted.shape[2]
     np.add.at(report.num_steps, generations, 1)
-    np.add.at(report.drafted[:, :width], generations, drafted)
-    np.add.at(report.accepted[:, :width], generations, right)
+    np.add.at(report.drafted[:, :width], generations, drafted[:, 0])
+    np.add.at(report.accepted[:, :width], generations, right[:, 0])
+    report.num_seconds += [np.count_nonzero(drafted[:, 1:]), np.count_nonzero(right[:, 1:])]
     known = drafted & ~np.isnan(survival)
     predicted = survival[known].astype(np.float64)
     bins = np.minimum((predicted * NUM_BINS).astype(int), NUM_BINS - 1)
@@ -203,7 +209,7 @@ def _count(
 
 
 def match_drafted(
-    run: Callable[[float], ReplayReport], drafted_per_step: float, num_runs: int = 6
+    run: Callable[[float], ReplayReport], drafted_per_step: float, num_runs: int = 9
 ) -> ReplayReport:
     """The run that drafts as many tokens but not more, by bisection of the least survival."""
     low, high = 0.0, 1.0

@@ -16,8 +16,9 @@ from streaminator.speculative.memory import Memory
 from streaminator.speculative.memory_tables import Ints
 from streaminator.speculative.ngram import NGramSpeculator
 
-Chains = tuple[Ints, Ints, NDArray[np.float32]]
-"""Tokens [n, k], lengths [n], predicted survival [n, k] (NaN: not known)."""
+Guesses = tuple[Ints, NDArray[np.float32]]
+"""Tokens [n, c, k] and their predicted survival: of the chains, and with c = 2 of the second choices
+beside them (NaN: not known; 0: no token here)."""
 
 
 class ReplaySpeculator(Protocol):
@@ -39,7 +40,7 @@ class ReplaySpeculator(Protocol):
         """A completion ends."""
         ...
 
-    def draft(self, handles: Ints, caps: Ints) -> Chains:
+    def draft(self, handles: Ints, caps: Ints) -> Guesses:
         """Draft for each handle."""
         ...
 
@@ -75,9 +76,10 @@ class MemoryReplay:
         """A completion ends."""
         self._memory.finish(handle)
 
-    def draft(self, handles: Ints, caps: Ints) -> Chains:
+    def draft(self, handles: Ints, caps: Ints) -> Guesses:
         """Draft for each handle."""
-        return self._memory.draft(handles, caps)
+        drafts = self._memory.draft(handles, caps)
+        return drafts.tokens, drafts.survival
 
     def commit(self, handles: Ints, tokens: Ints, lengths: Ints) -> None:
         """Append new tokens and learn."""
@@ -104,17 +106,15 @@ class _OneByOne:
         self._texts[self._next] = (prompt_id, len(token_ids), token_ids.tolist())
         return self._next
 
-    def draft(self, handles: Ints, caps: Ints) -> Chains:
+    def draft(self, handles: Ints, caps: Ints) -> Guesses:
         """Draft for each handle."""
         drafts = [self._draft(int(h), int(cap)) for h, cap in zip(handles, caps, strict=True)]
-        tokens = np.zeros((len(handles), int(caps.max(initial=0))), np.int64)
-        for row, draft in zip(tokens, drafts, strict=True):
-            row[: len(draft)] = draft
-        return (
-            tokens,
-            np.array([len(draft) for draft in drafts]),
-            np.full(tokens.shape, np.nan, "f4"),
-        )
+        tokens = np.zeros((len(handles), 1, int(caps.max(initial=0))), np.int64)
+        survival = np.zeros(tokens.shape, np.float32)
+        for row, draft in enumerate(drafts):
+            tokens[row, 0, : len(draft)] = draft
+            survival[row, 0, : len(draft)] = np.nan
+        return tokens, survival
 
     def commit(self, handles: Ints, tokens: Ints, lengths: Ints) -> None:
         """Append new tokens."""

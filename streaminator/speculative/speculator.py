@@ -37,16 +37,36 @@ class Speculator(Protocol):
         ...
 
 
+MAX_REJECTED = 3
+"""Rejected drafts of a step to learn from: later ones follow guesses that few completions make."""
+
+
+class Guesses(NamedTuple):
+    """What n sequences may go on with."""
+
+    chains: list[list[int]]
+    """[n] tokens one after another."""
+    seconds: NDArray[np.int64] | None = None
+    """[n, k] at each place of a chain the second choice; None: there are none."""
+    survival: NDArray[np.float32] | None = None
+    """[n, 2, k] chance that a token of the chain, and all before it, is accepted, and that the
+    second choice beside it is; 0 where there is none. None: not known."""
+
+
 class Gain(NamedTuple):
     """What one sequence gained in a step."""
 
     sequence: flight.Sequence
     token_ids: list[int]
     """Accepted drafts and one more."""
+    rejected: list[int]
+    """The first drafts behind the accepted ones, at most `MAX_REJECTED`; none where M is 0, or
+    where a second choice was accepted."""
     top_ids: NDArray[np.int64]
-    """[len(token_ids), M] the model's most likely tokens where each was drawn."""
+    """[len(token_ids) + len(rejected), M] the model's most likely tokens where each of `token_ids`
+    was drawn, then after each of `rejected`."""
     top_probs: NDArray[np.float32]
-    """[len(token_ids), M] their probabilities."""
+    """[len(token_ids) + len(rejected), M] their probabilities."""
 
 
 class Store(Protocol):
@@ -61,14 +81,10 @@ class Store(Protocol):
 
     def draft_all(
         self, sequences: Sequence[flight.Sequence], caps: Sequence[int], floor: float
-    ) -> tuple[list[list[int]], NDArray[np.float32] | None]:
-        """Guess up to `caps[i]` tokens that follow `sequences[i]`.
+    ) -> Guesses:
+        """Guess up to `caps[i]` tokens, second choices included, that follow `sequences[i]`.
 
         Tokens less likely than `floor` to be accepted may be left out.
-
-        Returns:
-            The guesses, and [n, k] for each token the probability that it and all before it are
-            accepted, 0 behind the end; None where nothing is known of it.
         """
         ...
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence as Seq
 from streaminator.config import SpeculatorConfig
 from streaminator.sequence import Prompt, Sequence
 from streaminator.speculative.ngram import NGramSpeculator
-from streaminator.speculative.speculator import Gain, Speculator
+from streaminator.speculative.speculator import Gain, Guesses, Speculator
 
 
 class SpeculatorStore:
@@ -23,25 +23,27 @@ class SpeculatorStore:
 
     num_top = 0
 
-    def __init__(self, config: SpeculatorConfig) -> None:
+    def __init__(self, config: SpeculatorConfig, *, num_kept_prompts: int = 0) -> None:
+        """`num_kept_prompts`: how many dropped prompts' speculators stay, the latest ones."""
         self._config = config
+        self._kept: OrderedDict[str, None] = OrderedDict()
+        self._num_kept_prompts = num_kept_prompts
         self._max_bytes = config.speculator_memory << 20
         self._speculators: OrderedDict[str, Speculator] = OrderedDict()
         self.num_bytes = 0
         """Memory of all speculators, approximately."""
 
     def start(self, sequence: Sequence) -> None:
-        """Nothing to prepare."""
+        """Nothing to prepare; a prompt that is drawn from again is not dropped for an older one."""
+        self._kept.pop(sequence.prompt.prompt_id, None)
 
-    def draft_all(
-        self, sequences: Seq[Sequence], caps: Seq[int], floor: float
-    ) -> tuple[list[list[int]], None]:
+    def draft_all(self, sequences: Seq[Sequence], caps: Seq[int], floor: float) -> Guesses:
         """Draft up to `caps[i]` tokens for `sequences[i]`."""
         drafts = [
             self.draft(sequence.prompt, sequence.token_ids, cap)
             for sequence, cap in zip(sequences, caps, strict=True)
         ]
-        return drafts, None
+        return Guesses(drafts)
 
     def commit_all(self, gains: Seq[Gain]) -> None:
         """Nothing: an n-gram model learns finished completions."""
@@ -65,10 +67,12 @@ class SpeculatorStore:
             self._shrink()
 
     def drop(self, prompt: Prompt) -> None:
-        """All completions of `prompt` are done."""
-        speculator = self._speculators.pop(prompt.prompt_id, None)
-        if speculator is not None:
-            self.num_bytes -= speculator.num_bytes
+        """All completions of `prompt` are done: forget it, or an older one."""
+        self._kept[prompt.prompt_id] = None
+        if len(self._kept) > self._num_kept_prompts:
+            speculator = self._speculators.pop(self._kept.popitem(last=False)[0], None)
+            if speculator is not None:
+                self.num_bytes -= speculator.num_bytes
 
     def _get(self, prompt: Prompt) -> Speculator:
         speculator = self._speculators.get(prompt.prompt_id)

@@ -5,6 +5,31 @@ Used by: `streaminator.engine.engine`.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaminator import sequence as flight
+from streaminator.speculative.draft_budget import count_by_survival
+
+
+class Verdict(NamedTuple):
+    """What a sequence gains in a step."""
+
+    sequence: flight.Sequence
+    drawn: list[int]
+    """Accepted drafts and one more; none where its prefill goes on."""
+    logprobs: list[float]
+    rows: list[int]
+    """Which of the sampled rows each was drawn on."""
+    num_accepted: int
+    """Of the chain."""
+
+    @property
+    def takes_second(self) -> bool:
+        """Whether behind the accepted part of the chain a second choice was right."""
+        return len(self.drawn) > self.num_accepted + 1
 
 
 def count_accepted(drawn: Sequence[int], draft: Sequence[int]) -> int:
@@ -23,3 +48,61 @@ def count_accepted(drawn: Sequence[int], draft: Sequence[int]) -> int:
         if drawn[index] != token:
             return index
     return len(draft)
+
+
+def verify(
+    sequences: Sequence[flight.Sequence], tokens: Sequence[int], logprobs: Sequence[float]
+) -> list[Verdict]:
+    """Compare the drafts of all sequences with the tokens drawn on their rows.
+
+    Args:
+        sequences: as they were packed.
+        tokens: drawn on each sampled row: those of the sequences, one after another, then those
+            of their second choices.
+        logprobs: of these tokens.
+    """
+    verdicts = []
+    row = 0
+    for sequence in sequences:
+        if not sequence.is_sampled:
+            verdicts.append(Verdict(sequence, [], [], [], 0))
+            continue
+        num_rows = 1 + len(sequence.draft)
+        num = count_accepted(tokens[row : row + num_rows], sequence.draft)
+        rows = list(range(row, row + num + 1))
+        verdicts.append(Verdict(sequence, [tokens[r] for r in rows], [], rows, num))
+        row += num_rows
+    for verdict in verdicts:
+        for place, token in verdict.sequence.alternatives.items():
+            if place == verdict.num_accepted and verdict.drawn[place] == token:
+                verdict.drawn.append(tokens[row])
+                verdict.rows.append(row)
+            row += 1
+        verdict.logprobs.extend(logprobs[r] for r in verdict.rows)
+    return verdicts
+
+
+def calibration(
+    drafting: Sequence[flight.Sequence],
+    survival: NDArray[np.float32] | None,
+    verdicts: Sequence[Verdict],
+) -> NDArray[np.int64]:
+    """[2, 10] verified and accepted tokens by tenths of the chance given; [2, 0] without one.
+
+    Args:
+        drafting: [n] whom `survival` [n, 2, k] is of.
+        survival: of chains and second choices.
+        verdicts: of all sequences of the step.
+    """
+    if survival is None:
+        return np.zeros((2, 0), np.int64)
+    verdict_of = {id(verdict.sequence): verdict for verdict in verdicts}
+    verified, accepted = np.zeros(survival.shape, bool), np.zeros(survival.shape, bool)
+    for row, sequence in enumerate(drafting):
+        verdict = verdict_of[id(sequence)]
+        verified[row, 0, : len(sequence.draft)] = True
+        verified[row, 1, list(sequence.alternatives)] = True
+        accepted[row, 0, : verdict.num_accepted] = True
+        if verdict.takes_second:
+            accepted[row, 1, verdict.num_accepted] = True
+    return count_by_survival(survival, [verified, accepted])

@@ -74,7 +74,11 @@ def test_distributions_survive_the_round_trip_bit_by_bit(tmp_path: Path, drawn: 
         assert (read.top_ids == made.top_ids).all()
         assert (read.top_probs == made.top_probs).all()
         assert read.step_lengths == made.step_lengths
+        assert read.rejected_lengths == made.rejected_lengths
+        for field in ("rejected_ids", "rejected_top_ids", "rejected_top_probs"):
+            assert getattr(read, field).tolist() == getattr(made, field).tolist()
     assert any(max(distributions(c).step_lengths) > 1 for c in drawn.values())
+    assert any(sum(distributions(c).rejected_lengths) > 1 for c in drawn.values())
     assert set(read_distributions(run, {"p4"})) == {"p4"}
 
 
@@ -84,7 +88,15 @@ def test_a_last_step_that_drew_more_than_it_kept_is_read_as_what_it_kept(
 ) -> None:
     completion = drawn["p4", 0]
     top = distributions(completion)
-    cut = replace(top, top_ids=top.top_ids[:3], top_probs=top.top_probs[:3])
+    cut = replace(
+        top,
+        top_ids=top.top_ids[:3],
+        top_probs=top.top_probs[:3],
+        rejected_ids=top.rejected_ids[:0],
+        rejected_top_ids=top.rejected_top_ids[:0],
+        rejected_top_probs=top.rejected_top_probs[:0],
+        rejected_lengths=(0, 0),
+    )
     tokens = completion.token_ids[:3]
     short = replace(completion, token_ids=tokens, accepted=accepted, distributions=cut)
     kept = read_distributions(write(tmp_path, [short]), {"p4"})
@@ -148,7 +160,7 @@ def everywhere(memory: Memory, prompt_id: str, texts: list[list[int]], prompt: l
     for text in texts:
         for end in range(len(text)):
             handle = memory.start(prompt_id, prompt + text[:end], end % 2)
-            tokens, _, survival = memory.draft(np.array([handle]), np.array([4]))
+            tokens, survival = memory.draft(np.array([handle]), np.array([4]))
             memory.finish(handle)
             answers.append((tokens.tolist(), survival.tolist()))
     return answers
@@ -187,10 +199,17 @@ def said(seed: int, num: int, vocabulary: int, num_top: int) -> tuple[list[int],
     lengths: list[int] = []
     while sum(lengths) < num:
         lengths.append(min(steps.randint(1, 9), num - sum(lengths)))
+    rejected = [steps.randint(0, 3) for _ in lengths]
     kept = Distributions(
         top_ids=top_ids.astype(np.int32),
         top_probs=top_probs.astype(np.float32),
         step_lengths=tuple(lengths),
+        rejected_ids=rng.integers(0, vocabulary, sum(rejected)).astype(np.int32),
+        rejected_top_ids=rng.permuted(
+            np.tile(np.arange(vocabulary, dtype=np.int32), (sum(rejected), 1)), axis=1
+        )[:, :num_top],
+        rejected_top_probs=rng.dirichlet(np.full(num_top, 0.3), sum(rejected)).astype(np.float32),
+        rejected_lengths=tuple(rejected),
     )
     return top_ids[:, 0].tolist(), kept
 
@@ -203,13 +222,18 @@ def test_a_rebuilt_memory_is_exact_where_lists_overflow_and_tables_are_full(max_
     for seed in range(3):
         tokens, kept = said(seed, num=300, vocabulary=40, num_top=16)
         texts.append((tokens, kept))
-        handle, first = memory.start("live", [1, 2], seed), 0
-        for length in kept.step_lengths:
+        handle, first, first_rejected = memory.start("live", [1, 2], seed), 0, 0
+        for length, num in zip(kept.step_lengths, kept.rejected_lengths, strict=True):
             rows = slice(first, first + length)
+            others = slice(first_rejected, first_rejected + num)
             new = np.array(tokens[rows], np.int64)
-            top = kept.top_ids[rows].astype(np.int64), kept.top_probs[rows].copy()
-            memory.commit(np.array([handle]), new, np.array([length]), *top)
-            first += length
+            ids = np.concatenate([kept.top_ids[rows], kept.rejected_top_ids[others]])
+            probs = np.concatenate([kept.top_probs[rows], kept.rejected_top_probs[others]])
+            memory.commit(
+                np.array([handle]), new, np.array([length]), ids.astype(np.int64), probs,
+                kept.rejected_ids[others].astype(np.int64), np.array([num]),
+            )  # fmt: skip
+            first, first_rejected = rows.stop, others.stop
         memory.finish(handle)
     finished = [tokens for tokens, _ in texts]
     memory.open("rebuilt", [1, 2], finished, [kept for _, kept in texts])
@@ -230,7 +254,8 @@ def test_completions_without_distributions_are_learned_as_tokens() -> None:
 def test_a_run_older_than_the_columns_is_read_as_tokens(tmp_path: Path, drawn: Draws) -> None:
     run = write(tmp_path, list(drawn.values()))
     [part] = (tmp_path / "completions").glob("*.parquet")
-    pq.write_table(pq.read_table(part).drop_columns(["top_ids", "top_probs"]), part)
+    newer = [name for name in COMPLETIONS.names if name.startswith("rejected_")]
+    pq.write_table(pq.read_table(part).drop_columns(newer), part)
     assert read_distributions(run, {"p4"}) == {}
 
 

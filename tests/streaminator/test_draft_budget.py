@@ -16,12 +16,18 @@ MEMORY = SpeculatorConfig(speculator="memory")
 UNPAYABLE = StepCosts([1, 512], [1e-3, 1e3])
 
 
-def chains(*rows: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Survival [n, k] and the lengths of the chains."""
-    survival = np.zeros((len(rows), max(map(len, rows))), np.float32)
-    for line, row in zip(survival, rows, strict=True):
-        line[: len(row)] = row
-    return survival, np.array([len(row) for row in rows])
+def chains(*rows: list[float], seconds: tuple[list[float], ...] = ()) -> np.ndarray:
+    """Survival [n, 2, k] of chains, and of the second choices beside them."""
+    survival = np.zeros((len(rows), 2, max(map(len, rows))), np.float32)
+    for side, given in enumerate((rows, seconds)):
+        for line, row in zip(survival, given, strict=False):
+            line[side, : len(row)] = row
+    return survival
+
+
+def lengths(verified: np.ndarray) -> list[int]:
+    """How much of each chain is verified."""
+    return verified[:, 0].sum(1).tolist()
 
 
 def likely(num: int) -> list[float]:
@@ -29,49 +35,57 @@ def likely(num: int) -> list[float]:
 
 
 def cut(width: int, num: int = 16) -> np.ndarray:
-    survival, lengths = chains(*[likely(num)] * width)
-    return DraftBudget(StepCosts(*MACHINE)).cut(survival, lengths, width, width)
+    survival = chains(*[likely(num)] * width)
+    return DraftBudget(StepCosts(*MACHINE)).cut(survival, width, width)
 
 
 def test_one_slot_drafts_long_and_a_full_machine_does_not() -> None:
-    assert cut(1).tolist() == [16]
+    assert lengths(cut(1)) == [16]
     assert 0 < cut(16).sum() < 16 * 16
     assert cut(256).sum() == 0
 
 
 def test_drafts_pay_again_where_they_are_nearly_sure() -> None:
     budget = DraftBudget(StepCosts([8, 64, 512], [1.0, 1.2, 16.0]))
-    survival, lengths = chains(*[[0.99] * 4] * 64)
-    assert budget.cut(survival, lengths, 64, 64).sum() == 0
+    survival = chains(*[[0.99] * 4] * 64)
+    assert budget.cut(survival, 64, 64).sum() == 0
     cheap = DraftBudget(StepCosts([8, 64, 512], [1.0, 1.2, 4.0]))
-    assert cheap.cut(survival, lengths, 64, 64).sum() == 64 * 4
+    assert cheap.cut(survival, 64, 64).sum() == 64 * 4
 
 
 def test_all_slots_compete_and_the_likeliest_tokens_win() -> None:
-    survival, lengths = chains([0.9, 0.8, 0.1], [0.3], [0.7, 0.05])
+    survival = chains([0.9, 0.8, 0.1], [0.3], [0.7, 0.05])
     budget = DraftBudget(StepCosts([3, 6, 7, 512], [1.0, 1.0, 9.0, 999.0]))
-    assert budget.cut(survival, lengths, 3, 3).tolist() == [2, 0, 1]
+    assert lengths(budget.cut(survival, 3, 3)) == [2, 0, 1]
+
+
+def test_second_choices_compete_with_the_ends_of_chains() -> None:
+    survival = chains([0.6, 0.3, 0.1], [0.9, 0.8, 0.7], seconds=([0.2, 0.15], [0.05]))
+    budget = DraftBudget(StepCosts([2, 8, 9, 512], [1.0, 1.0, 9.0, 999.0]))
+    pays = budget.cut(survival, 2, 2)
+    assert lengths(pays) == [2, 3]
+    assert pays[:, 1].tolist() == [[True, False, False], [False] * 3]
 
 
 def test_padding_is_filled_because_it_costs_nothing() -> None:
-    survival, lengths = chains([0.1] * 12)
+    survival = chains([0.1] * 12)
     budget = DraftBudget(StepCosts([8, 16], [1.0, 50.0], multiple=8))
-    assert budget.cut(survival, lengths, 1, 1).tolist() == [7]
+    assert lengths(budget.cut(survival, 1, 1)) == [7]
 
 
 def test_free_steps_verify_everything() -> None:
-    survival, lengths = chains(likely(8), [], [0.01])
-    assert DraftBudget(StepCosts.free()).cut(survival, lengths, 3, 3).tolist() == [8, 0, 1]
+    survival = chains(likely(8), [], [0.01])
+    assert lengths(DraftBudget(StepCosts.free()).cut(survival, 3, 3)) == [8, 0, 1]
 
 
 def test_what_steps_really_cost_is_learned() -> None:
     budget = DraftBudget(StepCosts([8, 16, 32], [1.0, 1.0, 1.0]))
-    survival, lengths = chains(*[[0.3]] * 8)
-    assert budget.cut(survival, lengths, 8, 8).sum() == 8
+    survival = chains(*[[0.3]] * 8)
+    assert budget.cut(survival, 8, 8).sum() == 8
     for _ in range(200):
         budget.observe(8, 0, 8, 1.0)
         budget.observe(16, 0, 9, 2.0)
-    assert budget.cut(survival, lengths, 8, 8).sum() == 0
+    assert budget.cut(survival, 8, 8).sum() == 0
 
 
 def test_one_outlier_hardly_counts() -> None:
@@ -87,12 +101,12 @@ def test_more_tokens_never_cost_less() -> None:
 
 def test_what_is_drafted_follows_what_is_verified() -> None:
     budget = DraftBudget(StepCosts.free())
-    survival, lengths = chains([0.8, 0.6])
+    survival = chains([0.8, 0.6])
     for _ in range(20):
-        budget.cut(survival, lengths, 1, 1)
+        budget.cut(survival, 1, 1)
     assert budget.floor < 0.05, "all of it paid: perhaps more would"
     dear = DraftBudget(UNPAYABLE)
-    dear.cut(survival, lengths, 1, 1)
+    dear.cut(survival, 1, 1)
     assert dear.floor == pytest.approx(0.4)
 
 
@@ -114,10 +128,11 @@ def test_costs_decide_what_is_drafted_and_no_token(llama: ModelRunner) -> None:
 
 
 def test_drafts_are_counted_by_the_chance_they_were_given() -> None:
-    survival, _ = chains([0.95, 0.55, 0.2], [0.95], [1.0])
-    drafted, accepted = count_by_survival(survival, [2, 1, 1], [1, 0, 1])
+    survival = chains([0.95, 0.55, 0.2], [0.95], [1.0])
+    verified, right = survival > 0.5, survival > 0.95
+    drafted, accepted = count_by_survival(survival, [verified, right])
     assert drafted.tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 3]
-    assert accepted.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 2]
+    assert accepted.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
 
 
 def test_a_step_tells_its_drafts_by_their_chance(llama: ModelRunner) -> None:

@@ -24,8 +24,9 @@ def commit(memory, handle, tokens):
 
 
 def draft(memory, handle, cap):
-    tokens, lengths, survival = memory.draft(np.array([handle]), np.array([cap]))
-    return tokens[0, : lengths[0]].tolist(), survival[0, : lengths[0]]
+    drafts = memory.draft(np.array([handle]), np.array([cap]))
+    [length] = drafts.lengths
+    return drafts.tokens[0, 0, :length].tolist(), drafts.survival[0, 0, :length]
 
 
 def text(seed, length, vocabulary=50):
@@ -135,13 +136,18 @@ def test_drafts_keep_caps_and_budget_and_depend_on_the_observed_only(texts, caps
         for tokens in texts:
             memory.commit(handles, np.array(tokens * 3), np.full(3, len(tokens)))
         drafts = memory.draft(handles, np.array(caps))
-        assert (drafts.lengths <= caps).all()
+        chances = drafts.survival
+        assert (np.count_nonzero(chances, axis=(1, 2)) <= caps).all()
+        assert (np.diff(chances[:, 0], axis=1) <= 0).all()
+        assert (chances[:, 1] <= chances[:, 0]).all()
+        assert (chances <= 1).all()
+        both = (chances[:, 0] > 0) & (chances[:, 1] > 0)
+        assert (drafts.tokens[:, 0] != drafts.tokens[:, 1])[both].all()
         most = DraftBudget(StepCosts([budget], [1.0]))  # whatever is verified costs the same
-        verified = most.cut(drafts.survival, drafts.lengths, len(handles), len(handles))
-        assert (verified <= drafts.lengths).all()
+        verified = most.cut(chances, len(handles), len(handles))
         assert verified.sum() <= budget
-        assert ((drafts.survival > 0).sum(1) == drafts.lengths).all()
-        assert (drafts.survival <= 1).all()
+        assert (chances[verified] > 0).all()
+        assert (verified[:, 0, 1:] <= verified[:, 0, :-1]).all()
         answers.append([drafts.tokens.tolist(), drafts.survival.tolist()])
     assert answers[0] == answers[1]
 
@@ -175,6 +181,39 @@ def test_a_known_distribution_is_drafted_with_the_samplers_noise():
         )
         memory.finish(handle)
     assert hits > 270  # without noise 120
+
+
+def test_what_would_have_followed_a_rejected_draft_is_known_when_it_is_drawn():
+    memory = Memory(max_bytes=SMALL, shared=False, min_survival=0)
+    memory.open("a", [1], ())
+    handle = memory.start("a", [1], 0)
+    # 4 5 6 was drafted, 4 accepted and 9 drawn: after 4 5 comes 6, after 4 5 6 comes 7.
+    ids = np.array([[4], [9], [6], [7]])
+    memory.commit(
+        np.array([handle]), np.array([4, 9]), np.array([2]), ids, np.ones((4, 1), np.float32),
+        np.array([5, 6]), np.array([2]),
+    )  # fmt: skip
+    memory.finish(handle)
+    handle = memory.start("a", [1, 4, 5], 0)
+    assert draft(memory, handle, 2)[0] == [6, 7]
+    memory.finish(handle)
+    handle = memory.start("a", [1, 4], 0)
+    assert draft(memory, handle, 1)[0] == [9]  # a rejected draft is no observation of itself
+
+
+def test_a_second_choice_is_drafted_where_two_tokens_are_as_likely():
+    memory = Memory(max_bytes=SMALL, min_survival=0)
+    memory.open("a", [1], ())
+    rng = random.Random(0)
+    for _ in range(60):
+        handle = memory.start("a", [1], 0)
+        drafts = memory.draft(np.array([handle]), np.array([4]))
+        commit(memory, handle, [7, rng.choice([8, 9]), 5])
+        memory.finish(handle)
+    assert drafts.tokens[0, 0, 0] == 7
+    assert set(drafts.tokens[0, :, 1].tolist()) == {8, 9}
+    assert 0.2 < drafts.survival[0, 1, 1] <= drafts.survival[0, 0, 1]
+    assert np.count_nonzero(drafts.survival) == 4
 
 
 def test_survival_is_learned():

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+# In compiled code the integers of Python and numpy are one.
+# pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
+"""Compiled loop of the memory: count what was drawn and what verifying has told, and learn rates.
+
+Used by: `memory`.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaminator.speculative.memory_kernels import ENOUGH, MAX_CANDIDATES, mix_tier
+from streaminator.speculative.memory_rates import (
+    KNOWN,
+    NUM_SEEN,
+    POSITION,
+    TABLE,
+    Floats,
+    learn_hits,
+    learn_mixing,
+    learn_recency,
+)
+from streaminator.speculative.memory_tables import (
+    CLOCK,
+    FIRST_SHARED,
+    MAX_ORDER,
+    NUM_CONTEXTS,
+    NUM_SLOTS,
+    Ints,
+    Rows,
+    count_token,
+    find_all,
+    hash_contexts,
+    jit,
+)
+
+_LONG = 8  # place of the shortest own match that spares the shared table
+_EAGER, _SELDOM = 8192, 4  # parts are fitted to the first tokens, then to every fourth
+
+
+@jit
+def learn(
+    rows: Rows,
+    tables: Ints,
+    running: Ints,
+    tails: Ints,
+    handles: Ints,
+    new: Ints,
+    lengths: Ints,
+    rejected: Ints,
+    num_rejected: Ints,
+    top_ids: Ints,
+    top_probs: NDArray[np.float32],
+    mixing: Floats,
+    seen: Rows,
+    recency: Floats,
+    num_learned: Ints,
+    hits: Floats,
+    second_hits: Floats,
+    noise_hits: Floats,
+    predictions: Ints,
+    own_tier: bool,
+    use_shared: bool,
+    learns_rates: bool,
+) -> None:
+    """Append `new` (all handles' tokens, `lengths` of each) and count them.
+
+    `top_ids`, `top_probs` [m + r, M] hold each new token's distribution, and what would have
+    followed each of the `rejected` drafts (`num_rejected` of each handle), handle by handle;
+    M = 0: tokens only.
+    """
+    longest = 0
+    for n in range(len(handles)):
+        longest = max(longest, lengths[n] + num_rejected[n])
+    text = np.empty(MAX_ORDER + longest, np.int64)
+    keys = np.empty(NUM_CONTEXTS, np.uint64)
+    found = np.empty((2, NUM_CONTEXTS), np.int64)
+    num_tiers = 2 if use_shared else 1
+    tokens = np.empty(MAX_CANDIDATES, np.int64)
+    masses = np.empty(MAX_CANDIDATES, np.float64)
+    ages = np.empty(MAX_CANDIDATES, np.int64)
+    first = first_rejected = 0
+    for n in range(len(handles)):
+        handle, num = handles[n], lengths[n]
+        first_row = first + first_rejected
+        state = running[handle]
+        own, shared, own_seen = tables[state[TABLE]], tables[0], seen[state[TABLE]]
+        text[:MAX_ORDER] = tails[handle]
+        text[MAX_ORDER : MAX_ORDER + num] = new[first : first + num]
+        if learns_rates:
+            drawn = new[first : first + num]
+            learn_hits(state, predictions[handle], drawn, hits, second_hits, noise_hits)
+        for index in range(num):
+            end = MAX_ORDER + index
+            known = min(state[KNOWN] + index, MAX_ORDER)
+            ids, probs = top_ids[first_row + index], top_probs[first_row + index]
+            hash_contexts(text, end, known, keys)
+            num_learned[0] += learns_rates
+            if learns_rates and (num_learned[0] < _EAGER or num_learned[0] % _SELDOM == 0):
+                find_all(rows, own, keys, 0, found[0])
+                if use_shared:
+                    find_all(rows, shared, keys, FIRST_SHARED, found[1])
+                learn_mixing(rows, (own, shared), num_tiers, found, text[end], mixing)
+                # Where distributions are stored the factors lost (DECISIONS 0018).
+                if noise_hits.shape[1] == 1:
+                    size, rest, _, _, _ = mix_tier(
+                        rows, own, 0, keys, 0, mixing, own_seen, own[CLOCK], recency, tokens,
+                        masses, ages, 0, 1.0, np.inf,
+                    )  # fmt: skip
+                    if use_shared and rest >= ENOUGH:
+                        size, rest, _, _, _ = mix_tier(
+                            rows, shared, 1, keys, FIRST_SHARED, mixing, own_seen, own[CLOCK], recency,
+                            tokens, masses, ages, size, rest, np.inf,
+                        )  # fmt: skip
+                    learn_recency(tokens, masses, ages, size, rest, text[end], recency)
+            # A distribution says something new each time: twice as many contexts are told.
+            excluded_after = 1 if len(ids) == 0 else 2
+            knew = NUM_CONTEXTS
+            if own_tier and own[NUM_SLOTS] > 0:
+                knew = count_token(rows, own, keys, 0, excluded_after, text[end], ids, probs)
+                own_seen[text[end] & (NUM_SEEN - 1)] = own[CLOCK]
+            # What a long match of its own prompt foretells, the others need not be told again.
+            if use_shared and (knew > _LONG or len(ids) > 0):
+                count_token(rows, shared, keys, FIRST_SHARED, 2, text[end], ids, probs)
+        tails[handle] = text[num : num + MAX_ORDER]
+        for index in range(num_rejected[n] if own_tier and own[NUM_SLOTS] > 0 else 0):
+            # The first one stands where the last of the new tokens was drawn instead.
+            end = MAX_ORDER + num + index
+            text[end - 1] = rejected[first_rejected + index]
+            ids, probs = top_ids[first_row + num + index], top_probs[first_row + num + index]
+            hash_contexts(text, end, min(state[KNOWN] + num + index, MAX_ORDER), keys)
+            count_token(rows, own, keys, 0, 2, ids[0], ids, probs)
+        state[KNOWN] = min(state[KNOWN] + num, MAX_ORDER)
+        state[POSITION] += num
+        first += num
+        first_rejected += num_rejected[n]
