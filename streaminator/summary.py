@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
@@ -82,6 +81,16 @@ _WALL_SQL = f"""
 _UTILIZATION_SQL = """
     SELECT avg(num_running / width) FROM steps
     JOIN (SELECT unnest($attempts) AS attempt_id, unnest($widths) AS width) USING (attempt_id)"""
+# Of the forward, the prompts' part by tokens; of the rest, what full slots would not have needed.
+_BOUNDS_SQL = f"""
+    SELECT sum(seconds_forward * prefill) / sum(seconds),
+           sum(seconds_forward * (1 - prefill) * (1 - running)) / sum(seconds) FROM (
+        SELECT {_STEP_SECONDS} AS seconds, seconds_forward, least(num_running / width, 1) AS running,
+               num_prefill_tokens / nullif(num_prefill_tokens + num_decode_tokens
+                                           + num_draft_tokens, 0) AS prefill
+        FROM steps
+        JOIN (SELECT unnest($attempts) AS attempt_id, unnest($widths) AS width)
+        USING (attempt_id))"""
 _PHASES_SQL = f"""
     SELECT {", ".join(f"sum(seconds_{p}) / nullif(sum({_STEP_SECONDS}), 0)" for p in PHASES)}
     FROM steps"""
@@ -154,6 +163,9 @@ class Summary:
     """Mean of running slots / stream width over all steps."""
     phase_shares: dict[str, float]
     """Share of the step time spent in each phase."""
+    bound_shares: dict[str, float]
+    """The step time parted into prefill, tail (forwards' share of empty slots), overhead (all but
+    the forward) and decode (the forward of slots in use)."""
 
     @property
     def query(self) -> str:
@@ -223,6 +235,9 @@ def _view(
             f"CREATE VIEW {name} AS FROM read_parquet([{files}], hive_partitioning = false)"
         )
     elif parts:
+        # Late: it brings pandas, 45 MB that the driver does not need while it draws.
+        import pyarrow.dataset as ds
+
         connection.register(name, ds.dataset(parts, format="parquet", filesystem=filesystem))
     else:
         connection.register(name, schema.empty_table())
@@ -237,10 +252,10 @@ def _compute(connection: "DuckDBPyConnection", path: str, record: RunRecord | No
     num_settled, num_settled_prompts, tokens_saved = row(_SETTLED_SQL)
     (wall,) = row(_WALL_SQL)
     widths = _stream_widths(record)
-    (utilization,) = row(
-        _UTILIZATION_SQL, {"attempts": list(widths), "widths": list(widths.values())}
-    )
-    shares = dict(zip(PHASES, row(_PHASES_SQL), strict=True))
+    per_attempt = {"attempts": list(widths), "widths": list(widths.values())}
+    (utilization,) = row(_UTILIZATION_SQL, per_attempt)
+    prefill, tail = row(_BOUNDS_SQL, per_attempt)
+    shares: dict[str, float | None] = dict(zip(PHASES, row(_PHASES_SQL), strict=True))
     pass_at_k, majority_at_k = _at_k(connection.execute(_GRADED_SQL).fetchall())
     return Summary(
         path=path,
@@ -277,7 +292,18 @@ def _compute(connection: "DuckDBPyConnection", path: str, record: RunRecord | No
         ],
         stream_utilization=utilization,
         phase_shares={name: share for name, share in shares.items() if share is not None},
+        bound_shares=_bounds(shares, prefill, tail),
     )
+
+
+def _bounds(
+    shares: dict[str, float | None], prefill: float | None, tail: float | None
+) -> dict[str, float]:
+    forward = shares["forward"]
+    if forward is None or prefill is None or tail is None:
+        return {}
+    decode = max(forward - prefill - tail, 0.0)
+    return {"decode": decode, "prefill": prefill, "tail": tail, "overhead": 1 - forward}
 
 
 def _stream_widths(record: RunRecord | None) -> dict[int, int]:
@@ -352,6 +378,7 @@ def render(summary: Summary) -> str:
         ),
         ("stream utilization", _number(s.stream_utilization, ".1%")),
         ("step time", ", ".join(f"{k} {v:.1%}" for k, v in s.phase_shares.items()) or "-"),
+        *_bottleneck_lines(s),
         ("results", join_uri(s.path, "completions")),
     ]
     width = max(len(name) for name, _ in lines)
@@ -365,6 +392,23 @@ def _settled_lines(s: Summary) -> list[tuple[str, str]]:
     saved = f"about {s.num_tokens_saved:,} tokens ({share:.0%}) saved"
     text = f"{s.num_settled:,} of {s.num_settled_prompts:,} prompts not drawn, {saved}"
     return [("settled", text)]
+
+
+_REMEDIES = {
+    "decode": "the model itself",
+    "prefill": "more completions per prompt, or a longer common preamble, would lower it",
+    "tail": "more prompts, or a smaller --stream_width, would lower it",
+    "overhead": "see the step time",
+}
+
+
+def _bottleneck_lines(s: Summary) -> list[tuple[str, str]]:
+    if not s.bound_shares:
+        return []
+    largest = max(s.bound_shares, key=lambda name: s.bound_shares[name])
+    others = ", ".join(f"{k} {v:.0%}" for k, v in s.bound_shares.items() if k != largest)
+    share = f"{s.bound_shares[largest]:.0%} of the step time"
+    return [("bottleneck", f"{largest}, {share} ({_REMEDIES[largest]}); {others}")]
 
 
 def _duckdb() -> str:

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: what --model_name and --tokenizer_name mean, and what is wrong with them.
 
-Used by: `engine.model_runner`, `streaminator.driver`, `streaminator.session`.
+Used by: `engine.model_runner`, `streaminator.driver`, `streaminator.session`,
+`streaminator.resident_session`.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from streaminator.config import ModelConfig
 from streaminator.errors import ModelError, first_line
@@ -28,14 +30,10 @@ def check_model(config: ModelConfig) -> None:
     Raises: ModelError.
     """
     name = config.model_name
-    source = Path(_source(name)).expanduser()
-    if source.exists() and not (source / "config.json").is_file():
-        raise ModelError(f"--model_name {name}: not a model folder (no config.json in it)")
-    if not source.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ModelError(f"--model_name {name}: no such folder; check the path")
+    source = _checked_source(name, "--model_name")
     with _one_line(f"--model_name {name}: cannot be loaded", config):
         found = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-        if type(found) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+        if found.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (
             getattr(found, "auto_map", None) or {}
         ):
             return
@@ -80,13 +78,40 @@ def load_model(
 
     Raises: ModelError when it is not a causal language model that can be loaded.
     """
-    with _one_line(f"--model_name {config.model_name}: cannot be loaded", config):
-        return AutoModelForCausalLM.from_pretrained(
-            _source(config.model_name),
+    source = _source(config.model_name)
+    return _load(source, f"--model_name {config.model_name}", config, dtype, attention)
+
+
+def read_weights(name: str, config: ModelConfig, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
+    """The weights of another checkpoint for the model of `config`, by the model's own names.
+
+    Raises: ModelError when it cannot be loaded or lacks some.
+    """
+    source = _checked_source(name, "update_weights")
+    return _load(source, f"update_weights {name}", config, dtype, None).state_dict()
+
+
+def _load(
+    source: str | Path, what: str, config: ModelConfig, dtype: torch.dtype, attention: str | None
+) -> transformers.PreTrainedModel:
+    # Late: the driver loads no model.
+    from transformers import AutoModelForCausalLM
+
+    with _one_line(f"{what}: cannot be loaded", config):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
         )
+    model, found = loaded
+    if found["missing_keys"]:
+        # transformers fills them with random numbers.
+        raise ModelError(
+            f"{what}: {min(found['missing_keys'])} is missing; save all weights of the model"
+        )
+    return model
 
 
 @contextmanager
@@ -110,6 +135,15 @@ def _one_line(what: str, config: ModelConfig) -> Iterator[None]:
                 "add --trust_remote_code if you trust it"
             ) from error
         raise ModelError(f"{what} ({first_line(error)})") from error
+
+
+def _checked_source(name: str, flag: str) -> Path:
+    source = Path(_source(name)).expanduser()
+    if source.exists() and not (source / "config.json").is_file():
+        raise ModelError(f"{flag} {name}: not a model folder (no config.json in it)")
+    if not source.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"{flag} {name}: no such folder; check the path")
+    return source
 
 
 def _source(name: str) -> str:

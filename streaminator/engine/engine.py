@@ -23,10 +23,12 @@ Used by: `streaminator.session`, `jobs.benchmark`.
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from streaminator.config import EngineConfig, SamplingParams, SpeculatorConfig
 from streaminator.engine.batch import Batch, pack
@@ -43,11 +45,12 @@ from streaminator.sequence import (
     Prompt,
     Sequence,
     StepStats,
+    StepTop,
 )
-from streaminator.speculative.draft_budget import DraftBudget, StepCosts, count_by_survival
-from streaminator.speculative.speculator import Gain, Store
+from streaminator.speculative.draft_budget import DraftBudget, StepCosts
+from streaminator.speculative.speculator import MAX_REJECTED, Gain, Store
 from streaminator.speculative.store import SpeculatorStore
-from streaminator.speculative.verify import count_accepted
+from streaminator.speculative.verify import Verdict, calibration, verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +69,7 @@ class Engine:
         speculator: SpeculatorConfig,
         max_prompt_length: int = 512,
         step_costs: StepCosts | None = None,
+        num_kept_prompts: int = 0,
     ) -> None:
         """Wire the parts, allocate the KV cache and measure what steps cost.
 
@@ -77,14 +81,20 @@ class Engine:
             speculator: what drafts are made of.
             max_prompt_length: prompt tokens to size the cache for; longer ones still run.
             step_costs: what the draft budget counts with; None: measured.
+            num_kept_prompts: finished prompts whose speculators stay, for when they come again.
         """
         self.runner = runner
         self._sampling = sampling
         self._speculator_config = speculator
         self._stopping = StopChecker(sampling, runner.eos_token_ids, tokenizer)
-        length = max_prompt_length + sampling.max_length
-        cache = runner.make_cache(engine, min(length, runner.max_model_len or length))
-        self.store = _make_store(speculator, is_greedy=sampling.temperature == 0)
+        self._config = engine
+        self._max_length = self._total_length(max_prompt_length)
+        cache = runner.make_cache(engine, self._max_length)
+        self.store = _make_store(
+            speculator,
+            is_greedy=sampling.temperature == 0,
+            num_kept_prompts=num_kept_prompts,
+        )
         learned = self.store.num_top if speculator.spec_decoding else 0
         self._num_top = speculator.num_top_tokens if speculator.store_distributions else learned
         self._budget: DraftBudget | None = None
@@ -96,7 +106,7 @@ class Engine:
                     cache,
                     sampling,
                     stream_width=engine.stream_width,
-                    max_draft=speculator.num_speculative_tokens,
+                    max_draft=speculator.max_draft,
                     num_top=self._num_top,
                 )
             )
@@ -109,7 +119,6 @@ class Engine:
             start=self._start,
         )
         self._cache = cache
-        self._num_blocks = engine.num_blocks
         self._failed: list[Completion] = []
         self.last_step: StepStats | None = None
         """Counts and times of the newest step."""
@@ -150,7 +159,7 @@ class Engine:
         clock.lap("schedule")
         if not sequences:
             return self._take_failed()
-        drafted = self._draft(sequences)
+        drafting, survival = self._draft(sequences)
         clock.lap("draft")
         new_blocks = self.scheduler.block_manager.take_handed_out()
         if new_blocks:
@@ -161,28 +170,25 @@ class Engine:
         clock.lap("forward")
         tokens, logprobs, top_ids, top_probs = self._sample(logits, batch)
         clock.lap("sample")
-        verdicts = _verify(sequences, tokens, logprobs)
+        verdicts = verify(sequences, tokens, logprobs)
         clock.lap("verify")
-        by_survival = _count_by_survival(drafted, verdicts)
+        by_survival = calibration(drafting, survival, verdicts)
         running = len(self.scheduler.running)
         gains, ended = [], []
-        for sequence, drawn, drawn_logprobs, row in verdicts:
-            before = len(sequence.token_ids)
-            reason, error = self._commit(sequence, drawn, drawn_logprobs)
-            new = sequence.token_ids[before:]
+        for verdict in verdicts:
+            before = len(verdict.sequence.token_ids)
+            reason, error = self._commit(verdict)
+            new = verdict.sequence.token_ids[before:]
             if new:
-                ids, probs = top_ids[row : row + len(new)], top_probs[row : row + len(new)]
-                if self._speculator_config.store_distributions:
-                    sequence.top.append((ids.astype(np.int32), probs.copy()))
-                num_top = self.store.num_top
-                gains.append(Gain(sequence, new, ids[:, :num_top], probs[:, :num_top]))
+                gains.append(self._gain(verdict, new, top_ids, top_probs, has_ended=bool(reason)))
             if reason is not None:
-                ended.append((sequence, reason, error))
+                ended.append((verdict.sequence, reason, error))
         if self._speculator_config.spec_decoding:
             self.store.commit_all(gains)
         finished = [*self._take_failed(), *(self._retire(*end) for end in ended)]
         clock.lap("commit")
         num_new = sum(len(gain.token_ids) for gain in gains)
+        decoded = [verdict.sequence for verdict in verdicts if verdict.drawn]
         if self._budget:
             self._budget.observe(
                 batch.num_tokens, batch.num_tokens - len(tokens), num_new, clock.total
@@ -191,9 +197,9 @@ class Engine:
             time=time.time(),
             num_running=running,
             num_prefill_tokens=batch.num_tokens - len(tokens),
-            num_decode_tokens=sum(1 for _, drawn, _, _ in verdicts if drawn),
-            num_draft_tokens=sum(s.drafted[-1] for s, drawn, _, _ in verdicts if drawn),
-            num_accepted_tokens=sum(s.accepted[-1] for s, drawn, _, _ in verdicts if drawn),
+            num_decode_tokens=len(decoded),
+            num_draft_tokens=sum(sequence.drafted[-1] for sequence in decoded),
+            num_accepted_tokens=sum(sequence.accepted[-1] for sequence in decoded),
             num_new_tokens=num_new,
             num_draft_by_survival=by_survival[0].tolist(),
             num_accepted_by_survival=by_survival[1].tolist(),
@@ -215,6 +221,22 @@ class Engine:
         self.scheduler.drop(prompt)
         self.store.drop(prompt)
 
+    def restart(self, *, seed: int, max_prompt_length: int) -> None:
+        """Between prompts: draw with another seed, and have room for longer prompts from now on."""
+        assert not self.has_work
+        self._sampling = replace(self._sampling, seed=seed)
+        length = self._total_length(max_prompt_length)
+        if length > self._max_length:
+            self._max_length = length
+            num_blocks = self.runner.num_blocks(self._config, length)
+            if num_blocks > self._cache.num_blocks:
+                self._grow(num_blocks)
+
+    def forget_keys(self) -> None:
+        """Between prompts: the weights have changed, so that no key or value may be used again."""
+        assert not self.has_work
+        self.scheduler.block_manager.forget()
+
     def _take_failed(self) -> list[Completion]:
         failed, self._failed = self._failed, []
         return failed
@@ -233,27 +255,33 @@ class Engine:
             self.store.start(sequence)
         return sequence
 
-    def _draft(self, sequences: list[Sequence]) -> "_Drafted | None":
-        """Give each sequence its draft; returns how likely the store held them, where it knows."""
+    def _draft(
+        self, sequences: list[Sequence]
+    ) -> tuple[list[Sequence], NDArray[np.float32] | None]:
+        """Give each sequence its draft; returns whom, and the store's chances of acceptance."""
         for sequence in sequences:
-            sequence.draft = []
+            sequence.draft, sequence.alternatives = [], {}
         if not self._speculator_config.spec_decoding:
-            return None
+            return [], None
         drafting = [s for s in sequences if s.is_sampled and s.may_draft]
         # The step adds one token more than it accepts.
         rooms = [s.max_num_tokens - len(s.token_ids) - 1 for s in drafting]
-        caps = [min(self._speculator_config.num_speculative_tokens, room) for room in rooms]
+        caps = [min(self._speculator_config.max_draft, room) for room in rooms]
         floor = self._budget.floor if self._budget else 0.0
-        drafts, survival = self.store.draft_all(drafting, caps, floor)
-        if self._budget and survival is not None:
-            lengths = np.array([len(draft) for draft in drafts], np.int64)
+        chains, seconds, survival = self.store.draft_all(drafting, caps, floor)
+        alternatives: list[dict[int, int]] = [{} for _ in drafting]
+        if self._budget and seconds is not None and survival is not None:
             num_tokens = sum(s.num_scheduled_tokens for s in sequences)
-            lengths = self._budget.cut(survival, lengths, num_tokens, len(drafting))
-            drafts = [d[:num] for d, num in zip(drafts, lengths.tolist(), strict=True)]
-        for sequence, draft in zip(drafting, drafts, strict=True):
-            if draft:
-                sequence.draft = draft[: self.scheduler.reserve_draft(sequence, len(draft))]
-        return None if survival is None else _Drafted(drafting, survival)
+            pays = self._budget.cut(survival, num_tokens, len(drafting))
+            chains = [c[:num] for c, num in zip(chains, pays[:, 0].sum(1).tolist(), strict=True)]
+            for row, place in np.argwhere(pays[:, 1]).tolist():
+                alternatives[row][place] = int(seconds[row, place])
+        for sequence, chain, beside in zip(drafting, chains, alternatives, strict=True):
+            if chain:
+                num = self.scheduler.reserve_draft(sequence, len(chain))
+                sequence.draft = chain[:num]
+                sequence.alternatives = {p: token for p, token in beside.items() if p < num}
+        return drafting, survival
 
     def _sample(
         self, logits: torch.Tensor, batch: Batch
@@ -270,10 +298,9 @@ class Engine:
         tokens = both[:, 0].astype(np.int64).tolist()
         return tokens, both[:, 1].tolist(), top_ids.astype(np.int64), top_probs.astype(np.float32)
 
-    def _commit(
-        self, sequence: Sequence, drawn: list[int], logprobs: list[float]
-    ) -> tuple[FinishReason | None, str | None]:
+    def _commit(self, verdict: Verdict) -> tuple[FinishReason | None, str | None]:
         """Add the drawn tokens one by one, until one of them ends the completion."""
+        sequence, drawn = verdict.sequence, verdict.drawn
         cached = sequence.num_cached_tokens + sequence.num_scheduled_tokens
         if INVALID_TOKEN in drawn and sequence.draft:
             # A draft's keys that are not finite reach the rows before it, through the mask: see
@@ -283,9 +310,9 @@ class Engine:
             drawn.clear()
             return None, None
         if drawn:
-            sequence.drafted.append(len(sequence.draft))
+            sequence.drafted.append(len(sequence.draft) + len(sequence.alternatives))
             sequence.accepted.append(len(drawn) - 1)
-        for index, (token, logprob) in enumerate(zip(drawn, logprobs, strict=True)):
+        for index, (token, logprob) in enumerate(zip(drawn, verdict.logprobs, strict=True)):
             if token == INVALID_TOKEN:
                 where = f"token {len(sequence.token_ids) - sequence.num_prompt_tokens}"
                 return FinishReason.FAILED, f"the model's logits are not finite at {where}"
@@ -297,9 +324,34 @@ class Engine:
                 # Accepted tokens behind the end are not part of the completion.
                 sequence.accepted[-1] = min(index + 1, len(drawn) - 1)
                 return reason, None
-        # The keys and values of accepted drafts stay; the newest token's are not computed yet.
-        self.scheduler.commit(sequence, cached + max(len(drawn) - 1, 0))
+        # The keys and values of the chain's accepted part stay; a second choice's are not in the
+        # cache, the newest token's are not computed yet.
+        self.scheduler.commit(sequence, cached + verdict.num_accepted)
         return None, None
+
+    def _gain(
+        self,
+        verdict: Verdict,
+        new: list[int],
+        top_ids: np.ndarray,
+        top_probs: np.ndarray,
+        *,
+        has_ended: bool,
+    ) -> Gain:
+        """What there is to learn from a sequence's rows."""
+        sequence, accepted = verdict.sequence, verdict.num_accepted
+        rejected = sequence.draft[accepted : accepted + MAX_REJECTED] if self._num_top else []
+        if has_ended or verdict.takes_second:
+            rejected = []
+        behind = verdict.rows[accepted] + 1
+        rows = [*verdict.rows[: len(new)], *range(behind, behind + len(rejected))]
+        ids, probs = top_ids[rows], top_probs[rows]
+        if self._speculator_config.store_distributions:
+            sequence.top.append(StepTop(rejected, ids.astype(np.int32), probs.copy()))
+        num_top = self.store.num_top
+        if not num_top:
+            rejected, ids, probs = [], ids[: len(new)], probs[: len(new)]
+        return Gain(sequence, new, rejected, ids[:, :num_top], probs[:, :num_top])
 
     def _retire(self, sequence: Sequence, reason: FinishReason, error: str | None) -> Completion:
         completion = self._completion(sequence, reason, error)
@@ -327,7 +379,7 @@ class Engine:
             started_at=sequence.started_at,
             finished_at=time.time(),
             error=error,
-            distributions=_distributions(sequence, self._num_top)
+            distributions=Distributions.from_steps(sequence.top, self._num_top)
             if self._speculator_config.store_distributions
             else None,
         )
@@ -346,67 +398,31 @@ class Engine:
                 "not belong together"
             )
         manager = self.scheduler.block_manager
-        length = num + self._sampling.max_length
-        needed = manager.num_blocks_for(min(length, limit or length)) + 1
+        needed = manager.num_blocks_for(self._total_length(num)) + 1
         if needed > manager.num_blocks:
-            if self._num_blocks is not None:
-                return f"it may need {needed} KV blocks: raise --num_blocks {self._num_blocks}"
-            self._cache.grow(needed)
-            manager.grow(needed)
+            if self._config.num_blocks is not None:
+                return (
+                    f"it may need {needed} KV blocks: raise --num_blocks {self._config.num_blocks}"
+                )
+            self._grow(needed)
         return None
 
+    def _total_length(self, num_prompt_tokens: int) -> int:
+        length = num_prompt_tokens + self._sampling.max_length
+        return min(length, self.runner.max_model_len or length)
 
-def _make_store(config: SpeculatorConfig, *, is_greedy: bool) -> Store:
+    def _grow(self, num_blocks: int) -> None:
+        self._cache.grow(num_blocks)
+        self.scheduler.block_manager.grow(num_blocks)
+
+
+def _make_store(config: SpeculatorConfig, *, is_greedy: bool, num_kept_prompts: int) -> Store:
     if config.spec_decoding and config.speculator == "memory":
         # Imported late: its compiled loops take a moment to load.
         from streaminator.speculative.memory_store import MemoryStore
 
-        return MemoryStore(config, is_greedy=is_greedy)
-    return SpeculatorStore(config)
-
-
-def _distributions(sequence: Sequence, num_top: int) -> Distributions:
-    nothing = np.zeros((0, num_top), np.int32), np.zeros((0, num_top), np.float32)
-    ids, probs = zip(*(sequence.top or [nothing]), strict=True)
-    return Distributions(
-        top_ids=np.concatenate(ids),
-        top_probs=np.concatenate(probs),
-        step_lengths=tuple(len(step) for step, _ in sequence.top),
-    )
-
-
-def _verify(
-    sequences: list[Sequence], tokens: list[int], logprobs: list[float]
-) -> list[tuple[Sequence, list[int], list[float], int]]:
-    """Each sequence with the tokens it gains, none where its prefill goes on, and its first row."""
-    verdicts = []
-    row = 0
-    for sequence in sequences:
-        if not sequence.is_sampled:
-            verdicts.append((sequence, [], [], row))
-            continue
-        num_rows = 1 + len(sequence.draft)
-        num = 1 + count_accepted(tokens[row : row + num_rows], sequence.draft)
-        verdicts.append((sequence, tokens[row : row + num], logprobs[row : row + num], row))
-        row += num_rows
-    return verdicts
-
-
-class _Drafted(NamedTuple):
-    sequences: list[Sequence]
-    survival: np.ndarray
-    """[n, k]"""
-
-
-def _count_by_survival(
-    drafted: _Drafted | None, verdicts: list[tuple[Sequence, list[int], list[float], int]]
-) -> np.ndarray:
-    if drafted is None:
-        return np.zeros((2, 0), np.int64)
-    num_accepted = {id(sequence): len(drawn) - 1 for sequence, drawn, _, _ in verdicts}
-    lengths = [len(sequence.draft) for sequence in drafted.sequences]
-    accepted = [num_accepted[id(sequence)] for sequence in drafted.sequences]
-    return count_by_survival(drafted.survival, lengths, accepted)
+        return MemoryStore(config, is_greedy=is_greedy, num_kept_prompts=num_kept_prompts)
+    return SpeculatorStore(config, num_kept_prompts=num_kept_prompts)
 
 
 class _Clock:

@@ -130,6 +130,27 @@ def test_the_stream_and_its_phases(run):
     assert summary.phase_shares["forward"] == pytest.approx(0.75)
 
 
+@pytest.mark.parametrize(
+    ("changes", "bottleneck", "share"),
+    [
+        ({}, "decode", 0.75),
+        ({"num_running": 1}, "tail", 0.75 * 0.75),
+        ({"num_prefill_tokens": 24}, "prefill", 0.75 * 0.75),
+        ({"seconds_forward": 0.25, "seconds_sample": 0.5}, "overhead", 0.75),
+    ],
+)
+def test_the_bottleneck_is_named_with_its_share(tmp_path, changes, bottleneck, share):
+    start(tmp_path)
+    tokens = {"num_prefill_tokens": 0, "num_decode_tokens": 4, "num_draft_tokens": 4}
+    rows = [step(i, **({"num_running": 4} | tokens | changes)) for i in range(3)]
+    write(tmp_path / "r" / "steps", STEPS, rows)
+    summary = summarise(tmp_path / "r")
+    assert sum(summary.bound_shares.values()) == pytest.approx(1)
+    assert max(summary.bound_shares, key=summary.bound_shares.get) == bottleneck
+    assert summary.bound_shares[bottleneck] == pytest.approx(share)
+    assert f"{bottleneck}, {share:.0%} of the step time" in render(summary)
+
+
 def test_the_chances_given_to_drafts_are_compared_with_what_came(tmp_path):
     start(tmp_path)
     some = {"num_draft_by_survival": [0] * 7 + [4, 0, 10]}

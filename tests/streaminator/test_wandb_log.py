@@ -24,6 +24,7 @@ summary = Summary(
         Generation(sample_index=0, num_completions=1, acceptance_rate=None, tokens_per_step=1.0)
     ],
     phase_shares={"forward": 1.0},
+    bound_shares={"decode": 1.0},
 )
 log = WandbLog(JobConfig.from_flat({"stop": ("a",)}), "my run")
 log.log(Report(num_finished=1, num_new_tokens=5, num_steps=3, num_draft_tokens=4,

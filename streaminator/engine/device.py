@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What --device and --dtype mean on this machine.
+
+Used by: `streaminator.cli`, `engine.model_runner`.
+"""
+
+import torch
+
+from streaminator.errors import DeviceError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device meant by --device.
+
+    Raises: DeviceError when it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"--device {name}: give cpu, cuda, cuda:N or auto")
+    if device.type == "cuda":
+        num = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= num:
+            raise DeviceError(f"--device {name}: this machine has {num} CUDA devices; use cpu")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type meant by --dtype: auto is float32 on a CPU and bfloat16 on a GPU."""
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    return getattr(torch, name)
