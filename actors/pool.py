@@ -7,7 +7,7 @@ Invariants
 - The pending call of a killed worker is forgotten, so that nothing it still says is heard.
 - Workers that cannot be placed are waited for by nobody, except that the first must come.
 
-Used by: `jobs.sample`.
+Used by: `jobs.sample`, `actors.sampler_pool`.
 """
 
 import sys
@@ -27,9 +27,15 @@ from ray.exceptions import (
 from actors.worker import SamplerWorker
 from streaminator.config import JobConfig
 from streaminator.errors import InputError, StreaminatorError, WorkerDiedError, first_line
-from streaminator.pool import Event, OpenRun, WorkerLost, WorkerReady, WorkerReported
+from streaminator.pool import (
+    Event,
+    OpenRun,
+    WorkerLost,
+    WorkerReady,
+    WorkerReported,
+    WorkResult,
+)
 from streaminator.sequence import Prompt
-from streaminator.session import WorkResult
 
 CLOSE_SECONDS = 30.0
 """How long a worker may take to write out its rows at the end."""
@@ -51,6 +57,7 @@ class RayPool:
         num_gpus: float,
         resources: dict[str, float] | None = None,
         describe: Callable[[], str] = lambda: "",
+        worker_class: type = SamplerWorker,
     ) -> None:
         """Start the actors and wait until one has loaded the model, and a moment for the others.
 
@@ -61,6 +68,7 @@ class RayPool:
             num_gpus: GPUs of each.
             resources: custom resources of each.
             describe: says what the cluster has, for the message while waiting.
+            worker_class: made into the actors; `load`, `open`, `work` and `close` as of `SamplerWorker`.
 
         Raises: InputError of a worker that cannot load the model; WorkerDiedError.
         """
@@ -75,12 +83,12 @@ class RayPool:
             resources=resources or {},
             max_restarts=0,
             max_task_retries=0,
-        )(SamplerWorker)
+        )(worker_class)
         self._workers: list[Any] = [None] * num_workers
         self._devices: dict[int, str] = {}
         self.pids: dict[int, int] = {}
         """Process of each worker that is there, on its own machine."""
-        self._run: OpenRun | None = None
+        self._run: Any = None
         self._loaded: set[int] = set()
         self._pending: dict[Any, tuple[int, str]] = {}
         self._events: deque[Event] = deque()
@@ -101,6 +109,13 @@ class RayPool:
 
     def open(self, run: OpenRun) -> None:
         """Let every worker open the run as soon as it has loaded the model."""
+        self._open(run)
+
+    def _open(self, run: object) -> None:
+        """As `open`; what workers were asked for an earlier run is not waited for any more."""
+        self._pending = {ref: call for ref, call in self._pending.items() if call[1] == "load"}
+        lost = (event for event in self._events if isinstance(event, WorkerLost))
+        self._events = deque(event for event in lost if event.refused is None)
         self._run = run
         for worker in sorted(self._loaded):
             self._call(worker, "open", run)
@@ -211,7 +226,7 @@ class RayPool:
                 # Once there are workers, one machine that lacks the model, say, is only lost.
                 if not self._was_ready:
                     raise
-                self._events.append(WorkerLost(worker, first_line(error)))
+                self._events.append(WorkerLost(worker, first_line(error), refused=error))
                 continue
             if stage == "load":
                 self._devices[worker], self.pids[worker] = result

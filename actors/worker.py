@@ -3,7 +3,7 @@
 
 A plain class: `ray.remote(num_gpus=...)(SamplerWorker)` at the call site makes it an actor.
 
-Used by: `actors.pool`.
+Used by: `actors.pool`; `actors.resident_worker` is its like for a `SamplerPool`.
 """
 
 import os
@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import ray
 
 from streaminator.config import JobConfig
-from streaminator.pool import SLICE_SECONDS, OpenRun
+from streaminator.pool import SLICE_SECONDS, OpenRun, WorkResult
 from streaminator.sequence import Prompt
-from streaminator.session import Session, WorkResult
 
 
 class SamplerWorker:
@@ -29,6 +28,9 @@ class SamplerWorker:
     @ray.method
     def load(self) -> tuple[str, int]:
         """Load the model; returns the device's name and the process id. Raises: InputError."""
+        # Late: the driver imports this class, too, and needs no engine.
+        from streaminator.session import Session
+
         self._session = Session(self._config, num_threads=self._num_threads)
         return self._session.device_name, os.getpid()
 

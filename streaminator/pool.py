@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the driver sees of its workers, and the pool of one worker in this very process.
+"""What a dispatcher and the driver see of their workers, and the pool of one in this very process.
 
-Used by: `driver`, `dispatch`; `actors.pool` is the same over Ray.
+Used by: `driver`, `dispatch`, `session`, `sampler_pool`; `actors.pool` is the same over Ray.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from streaminator.config import JobConfig
+from streaminator.errors import InputError
+from streaminator.progress import Report
 from streaminator.sequence import Prompt
-from streaminator.session import Session, WorkResult
 
 SLICE_SECONDS = 1.0
 """How long a worker works before it reports."""
@@ -23,6 +24,30 @@ class OpenRun:
     uri: str
     attempt: int
     max_prompt_length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A whole part of completions, staged: nobody sees it until the driver publishes it."""
+
+    path: str
+    """Below the run's folder."""
+    keys: tuple[tuple[str, int], ...]
+    """(prompt_id, sample_index) of its rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkResult:
+    """What came of one call of `Session.work`."""
+
+    report: Report = field(default_factory=Report)
+    num_open_prompts: int = 0
+    """Prompts the session still holds."""
+    parts: tuple[Part, ...] = ()
+    released: tuple[str, ...] = ()
+    """Ids of the prompts given up; their finished completions are in parts reported by now."""
+    events: tuple[tuple[str, str], ...] = ()
+    """(kind, detail) of what went wrong and was mended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +73,19 @@ class WorkerLost:
     why: str
     is_node_lost: bool = False
     """Its machine went away, so that no prompt can be to blame."""
+    refused: InputError | None = None
+    """What it would not take; it is well otherwise."""
 
 
 Event = WorkerReady | WorkerReported | WorkerLost
 
 
-class Pool(Protocol):
+class Workers(Protocol):
     """Workers that can be given prompts and report back. Numbered from 0."""
 
     @property
     def num_workers(self) -> int:
         """Workers wanted; fewer may be there."""
-        ...
-
-    @property
-    def device_names(self) -> list[str]:
-        """The devices of the workers that are there."""
-        ...
-
-    def open(self, run: OpenRun) -> None:
-        """Let every worker open the run as soon as it is there; each is reported as ready."""
         ...
 
     def submit(
@@ -88,25 +106,89 @@ class Pool(Protocol):
         """Start a replacement of a worker that was killed, when and where there is room."""
         ...
 
-    def close(self) -> Iterator[WorkResult]:
-        """Let the workers write out what is finished; yields what came of it. Raises: OutputError."""
-        ...
-
     def shut_down(self) -> None:
         """Let the workers go."""
         ...
 
 
-class LocalPool:
-    """One worker in this process; what ends it ends the job."""
+class Pool(Workers, Protocol):
+    """Workers that write a run."""
+
+    @property
+    def device_names(self) -> list[str]:
+        """The devices of the workers that are there."""
+        ...
+
+    def open(self, run: OpenRun) -> None:
+        """Let every worker open the run as soon as it is there; each is reported as ready."""
+        ...
+
+    def close(self) -> Iterator[WorkResult]:
+        """Let the workers write out what is finished; yields what came of it. Raises: OutputError."""
+        ...
+
+
+class CanWork(Protocol):
+    """A `Session`, as far as a dispatcher's prompts go."""
+
+    def work(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        min_open_prompts: int = 0,
+        num_to_release: int = 0,
+        max_seconds: float,
+    ) -> WorkResult:
+        """See `Session.work`."""
+        ...
+
+
+class OneWorker:
+    """One worker in this process; what ends it ends the program."""
 
     num_workers = 1
 
+    def __init__(self, session: CanWork) -> None:
+        self._working = session
+        self._submitted: tuple[Sequence[Prompt], int] | None = None
+        self._events: list[Event] = []
+
+    def submit(
+        self, worker: int, prompts: Sequence[Prompt], min_open_prompts: int, num_to_release: int
+    ) -> None:
+        """Remember what `next_event` is to work on."""
+        self._submitted = (prompts, min_open_prompts)
+
+    def next_event(self, timeout: float) -> Event | None:
+        """Work now."""
+        if self._events:
+            return self._events.pop()
+        if self._submitted is None:
+            return None
+        (prompts, min_open), self._submitted = self._submitted, None
+        result = self._working.work(prompts, min_open_prompts=min_open, max_seconds=SLICE_SECONDS)
+        return WorkerReported(0, result)
+
+    def kill(self, worker: int) -> None:
+        """Never asked for: it always reports."""
+
+    def start(self, worker: int) -> None:
+        """Never asked for: it is never lost."""
+
+    def shut_down(self) -> None:
+        """Nothing to let go of."""
+
+
+class LocalPool(OneWorker):
+    """One worker in this process that writes a run."""
+
     def __init__(self, config: JobConfig) -> None:
         """Load the model. Raises: InputError."""
+        # Late: the driver of other pools needs no engine, and so none of its memory.
+        from streaminator.session import Session
+
         self._session = Session(config)
-        self._submitted: tuple[Sequence[Prompt], int] | None = None
-        self._is_known = False
+        super().__init__(self._session)
 
     @property
     def device_names(self) -> list[str]:
@@ -121,33 +203,8 @@ class LocalPool:
             attempt=run.attempt,
             max_prompt_length=run.max_prompt_length,
         )
-
-    def submit(
-        self, worker: int, prompts: Sequence[Prompt], min_open_prompts: int, num_to_release: int
-    ) -> None:
-        """Remember what `next_event` is to work on."""
-        self._submitted = (prompts, min_open_prompts)
-
-    def next_event(self, timeout: float) -> Event | None:
-        """Work now."""
-        if not self._is_known:
-            self._is_known = True
-            return WorkerReady(0)
-        if self._submitted is None:
-            return None
-        (prompts, min_open), self._submitted = self._submitted, None
-        result = self._session.work(prompts, min_open_prompts=min_open, max_seconds=SLICE_SECONDS)
-        return WorkerReported(0, result)
-
-    def kill(self, worker: int) -> None:
-        """Never asked for: it always reports."""
-
-    def start(self, worker: int) -> None:
-        """Never asked for: it is never lost."""
+        self._events = [WorkerReady(0)]
 
     def close(self) -> Iterator[WorkResult]:
         """Write out what is finished."""
         yield self._session.close()
-
-    def shut_down(self) -> None:
-        """Nothing to let go of."""

@@ -13,13 +13,13 @@ import socket
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from streaminator.config import JobConfig
-from streaminator.data.files import STAGING, join_uri
+from streaminator.data.files import STAGING, STORAGE_SECONDS, join_uri
 from streaminator.data.finished import read_answers, read_distributions, read_finished
 from streaminator.data.parquet import (
     STEPS,
@@ -33,43 +33,18 @@ from streaminator.engine.engine import Engine
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.errors import DeviceError, first_line
 from streaminator.grading import Grade, is_settled, make_grader
+from streaminator.pool import Part, WorkResult
 from streaminator.progress import Report
 from streaminator.sequence import Completion, Distributions, FinishReason, Prompt, not_drawn
+from streaminator.step_trace import StepTrace
 
 _MANY_PARAMETERS = 20_000_000
 """From here on a second thread pays on a CPU."""
-
-STORAGE_SECONDS = 120.0
-"""How long failing storage is put up with; the stream goes on meanwhile."""
 
 _PART_ROWS = 1024
 _PART_SECONDS = 5.0
 _STEPS_PART_ROWS = 20_000
 _STEPS_PART_SECONDS = 15.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """A whole part of completions, staged: nobody sees it until the driver publishes it."""
-
-    path: str
-    """Below the run's folder."""
-    keys: tuple[tuple[str, int], ...]
-    """(prompt_id, sample_index) of its rows."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkResult:
-    """What came of one call of `Session.work`."""
-
-    report: Report = field(default_factory=Report)
-    num_open_prompts: int = 0
-    """Prompts the session still holds."""
-    parts: tuple[Part, ...] = ()
-    released: tuple[str, ...] = ()
-    """Ids of the prompts given up; their finished completions are in parts reported by now."""
-    events: tuple[tuple[str, str], ...] = ()
-    """(kind, detail) of what went wrong and was mended."""
 
 
 class Session:
@@ -89,21 +64,18 @@ class Session:
         self._grade = make_grader(config.data)
         self._tokenizer = load_tokenizer(config.model)
         self._runner = ModelRunner(config.model)
-        if self._runner.num_parameters < _MANY_PARAMETERS:
-            torch.set_num_threads(1)
-        elif num_threads is not None:
-            torch.set_num_threads(num_threads)
+        torch.set_num_threads(threads_for(self._runner, num_threads))
         self._writers: list[PartWriter] = []
         self._num_left: dict[str, int] = {}
         self._answers: dict[str, dict[int, str | None]] = {}
         self._parts: list[Part] = []
         self._events: list[tuple[str, str]] = []
+        self._trace: StepTrace | None = None
 
     @property
     def device_name(self) -> str:
         """The accelerator's name, or "cpu"."""
-        device = self._runner.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        return self._runner.device_name
 
     def open(self, run_uri: str, *, worker_id: str, attempt: int, max_prompt_length: int) -> None:
         """Set up the stream and the part files of a run.
@@ -150,6 +122,9 @@ class Session:
             patience=STORAGE_SECONDS,
         )
         self._writers = [self._completions, self._steps]
+        if config.run.profile:
+            uri = join_uri(run_uri, "profile", f"{writer_id}.json.gz")
+            self._trace = StepTrace(uri, self._runner.device)
 
     def work(
         self,
@@ -184,7 +159,9 @@ class Session:
         released = self._take_released()
         deadline = time.monotonic() + max_seconds
         while self.engine.has_work and not released:
-            for completion in self._step():
+            completions, trouble = step_or_narrow(self.engine)
+            self._events.extend(trouble)
+            for completion in completions:
                 report += self._write(completion)
             report += self._count_step()
             self._completions.flush_if_due()
@@ -200,6 +177,8 @@ class Session:
         """Write out what is buffered. Raises: OutputError."""
         for writer in self._writers:
             writer.close()
+        if self._trace is not None and (why := self._trace.close()):
+            self._events.append(("not profiled", why))
         return self._result(Report(), ())
 
     def _result(self, report: Report, released: tuple[str, ...]) -> WorkResult:
@@ -236,24 +215,6 @@ class Session:
                 )
             )
         return ready
-
-    def _step(self) -> list[Completion]:
-        try:
-            return self.engine.step()
-        except torch.OutOfMemoryError as error:
-            before = self.engine.scheduler.stream_width
-            if before == 1:
-                raise DeviceError(
-                    f"out of memory with a single completion in flight ({first_line(error)}); "
-                    "lower --max_length or --max_batched_tokens"
-                ) from error
-            width = self.engine.scheduler.narrow()
-            detail = f"stream width {before} -> {width}: {first_line(error)}"
-        # Outside of the handler, whose traceback would keep the tensors of the failed step.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self._events.append(("out of memory", detail))
-        return []
 
     def _take_released(self) -> tuple[str, ...]:
         ids = tuple(prompt.prompt_id for prompt in self.engine.take_released())
@@ -333,6 +294,8 @@ class Session:
             )
         )
         self._num_steps += 1
+        if self._trace is not None:
+            self._trace.step()
         return Report(
             num_new_tokens=stats.num_new_tokens,
             num_draft_tokens=stats.num_draft_tokens,
@@ -342,6 +305,35 @@ class Session:
             num_slots_sum=self._config.engine.stream_width,
             device_memory=stats.device_memory,
         )
+
+
+def threads_for(runner: ModelRunner, num_threads: int | None) -> int:
+    """How many threads pay on a CPU: one for a small model, `num_threads`, or torch's own choice."""
+    if runner.num_parameters < _MANY_PARAMETERS:
+        return 1
+    return num_threads or torch.get_num_threads()
+
+
+def step_or_narrow(engine: Engine) -> tuple[list[Completion], list[tuple[str, str]]]:
+    """Make a step; out of memory, halve the stream instead, and say so (kind, detail).
+
+    Raises: DeviceError when memory runs out at width 1.
+    """
+    try:
+        return engine.step(), []
+    except torch.OutOfMemoryError as error:
+        before = engine.scheduler.stream_width
+        if before == 1:
+            raise DeviceError(
+                f"out of memory with a single completion in flight ({first_line(error)}); "
+                "lower --max_length or --max_batched_tokens"
+            ) from error
+        width = engine.scheduler.narrow()
+        detail = f"stream width {before} -> {width}: {first_line(error)}"
+    # Outside of the handler, whose traceback would keep the tensors of the failed step.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return [], [("out of memory", detail)]
 
 
 def _read_drawn(

@@ -5,10 +5,11 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 
-from jobs.simulated_pool import Row, SimulatedPool
+from jobs.simulated_pool import SimulatedPool
+from jobs.simulated_streams import Row, Streams
 from streaminator.dispatch import Dispatcher, Work
+from streaminator.pool import Part
 from streaminator.sequence import Prompt
-from streaminator.session import Part
 
 
 class FakePool(SimulatedPool):
@@ -25,16 +26,26 @@ class FakePool(SimulatedPool):
         faults: Callable[["FakePool", int, set[str]], str | None] = lambda *_: None,
         steps_of: Callable[[str, int], int] = lambda name, index: 10,
     ) -> None:
+        self.width = width
+        self.source: Source | None = None
+        streams = Streams(
+            width,
+            lambda worker, running: 1 / (speeds or {}).get(worker, 20.0),
+            steps_of,
+            part_seconds=3.0,
+        )
         super().__init__(
             num_workers,
-            width=width,
-            step_seconds=lambda worker, running: 1 / (speeds or {}).get(worker, 20.0),
-            steps_of=steps_of,
+            streams,
             joins_at=joins_at,
             restarts_after=restarts_after,
-            part_seconds=3.0,
             faults=lambda worker, held: faults(self, worker, held),
         )
+
+    def submit(self, worker, prompts, min_open_prompts, num_to_release):
+        num_open = len(self._streams.held(worker)) + len(prompts)
+        assert min_open_prompts <= num_open, "it would come back after every step"
+        super().submit(worker, prompts, min_open_prompts, num_to_release)
 
 
 class FakeOutput:
@@ -74,7 +85,7 @@ class Source:
             prompt = Prompt(
                 prompt_id=f"p{number}", token_ids=(1,), text="", question="", sample_indices=indices
             )
-            yield Work(prompt, set(indices), [])
+            yield Work.of(prompt, indices)
 
 
 def dispatch(
@@ -86,7 +97,8 @@ def dispatch(
     on_report: Callable[[Source, FakeOutput], None] = lambda *_: None,
 ) -> FakeOutput:
     """Run to the end; checks that each completion is there once and none of a prompt overlap."""
-    output, source = FakeOutput(pool), Source(num_prompts, num_completions)
+    output = FakeOutput(pool)
+    source = pool.source = Source(num_prompts, num_completions)
     dispatcher = Dispatcher(
         pool,
         iter(source),
