@@ -45,7 +45,7 @@ def plan_workers(config: ClusterConfig, *, use_gpu: bool, can_grow: bool = False
     Raises: ConfigError when the cluster is too small, saying what it has.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    resources = dict(_amount(text) for text in config.worker_resources)
+    resources = config.resources
     num_gpus = _gpus_per_worker(config.gpus_per_worker, use_gpu=use_gpu)
     num_cpus = config.cpus_per_worker
     if num_cpus is None:
@@ -87,17 +87,6 @@ def _gpus_per_worker(given: float | None, *, use_gpu: bool) -> float:
             "give at most 1, and a model that fits one GPU"
         )
     return 1.0 if given is None else given
-
-
-def _amount(text: str) -> tuple[str, float]:
-    name, _, amount = text.partition("=")
-    try:
-        number = float(amount)
-    except ValueError:
-        number = 0.0
-    if not name or number <= 0:
-        raise ConfigError(f"--worker_resources {text}: must be NAME=AMOUNT with an amount above 0")
-    return name, number
 
 
 def _num_fitting(node: Mapping[str, float], demand: Mapping[str, float]) -> int:

@@ -4,45 +4,54 @@
     python -m jobs.simulate --num_workers 1024 --num_prompts 100000
 
 Time is virtual, but what the driver computes is measured on this machine and charged to it, so a
-slow driver leaves workers idle. Not simulated: Ray's own cost of a call beyond `--call_seconds`,
-reading and tokenising the dataset, moving parts. Every completion is checked to come once. Prints
-a table and, last, one line of JSON.
+slow driver leaves workers idle. The streams live in a process of their own: the memory told is that
+of the driver, with its libraries and tokenizer. Not simulated: Ray's own cost of a call beyond
+`--call_seconds`, reading and tokenising a prompt beyond `--prompt_seconds`, moving parts. Every
+completion is checked to come once. Prints a table and, last, one line of JSON.
+
+The tail begins when the last prompt that no worker had before is handed out.
 
 Used by: the command line.
 """
 
 import argparse
+import importlib
 import json
 import random
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 from zlib import crc32
 
 import numpy as np
-import pyarrow.dataset as ds
 
+from jobs.json_out import check_json_out, write_json_out
 from jobs.simulated_pool import SimulatedPool
+from jobs.simulated_streams import RemoteStreams
 from streaminator.cli import main_program
 from streaminator.cli_args import make_parser, parse_words
 from streaminator.data.files import join_uri, list_parts, resolve
+from streaminator.data.finished import HashSet, stable_hash
 from streaminator.dispatch import Dispatcher, Work
 from streaminator.errors import ConfigError, DataError
+from streaminator.pool import Part
 from streaminator.run_record import cpu_model
 from streaminator.sequence import Prompt
-from streaminator.session import Part
 
 _PROGRAM = "python -m jobs.simulate"
 _NUM_LENGTHS = 1 << 16
+_NUM_TEXTS = 100
+_PART_SECONDS = 5.0
 _COUNTS = ("num_workers", "num_prompts", "num_completions", "stream_width", "prompt_tokens")
 
 
 def main(argv: Sequence[str]) -> int:
     """Simulate, with `--lose` a second time with losses; returns the exit code."""
     options = _parse(argv)
-    steps = np.ceil(_lengths(options) / options.tokens_per_step).astype(int).clip(1).tolist()
+    steps = np.ceil(_lengths(options) / options.tokens_per_step).astype(np.int32).clip(1)
+    _load_what_a_driver_loads()
     before = _resident()
     result: dict[str, Any] = {"settings": vars(options), "cpu": cpu_model()}
     result["libraries_mb"] = before
@@ -60,12 +69,18 @@ def main(argv: Sequence[str]) -> int:
             print(f"{name:34} {value if isinstance(value, str) else f'{value:,.4g}'}")
     if options.lose:
         print(*(f"with losses: {n} {v:,.4g}" for n, v in result["with_losses"].items()), sep="\n")
-    line = json.dumps(result)
-    if options.json_out:
-        Path(options.json_out).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json_out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(line)
+    print(json.dumps(result))
+    write_json_out(options.json_out, json.dumps(result, indent=1))
     return 0
+
+
+def _load_what_a_driver_loads() -> None:
+    for name in ("actors.pool", "cluster.connect", "cluster.resources", "streaminator.driver"):
+        importlib.import_module(name)
+    from streaminator.config import ModelConfig
+    from streaminator.engine.checkpoint import load_tokenizer
+
+    load_tokenizer(ModelConfig())("What an owner of a tokenizer holds.")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -88,6 +103,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--max_length", type=int, default=1024, help="and where it is cut")
     add("--lengths_from", help="a run (folder or URI) whose completions' lengths are drawn instead")
     add("--call_seconds", type=float, default=0.0, help="driver seconds per call to a worker")
+    add("--prompt_seconds", type=float, default=0.0, help="driver seconds to read a prompt")
     add("--latency", type=float, default=0.003, help="seconds between two slices of a worker")
     add("--lose", type=float, default=0.0, help="share of the workers to lose in a second run")
     add("--seed", type=int, default=0)
@@ -100,6 +116,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"--lose {options.lose}: must be 0 or more and below 1")
     if options.tokens_per_step <= 0:
         raise ConfigError(f"--tokens_per_step {options.tokens_per_step}: must be more than 0")
+    check_json_out(options.json_out)
     return options
 
 
@@ -114,6 +131,8 @@ def _lengths(options: argparse.Namespace) -> np.ndarray:
         raise DataError(
             f"--lengths_from {options.lengths_from}: no completions; give a run's folder"
         )
+    import pyarrow.dataset as ds  # late: it brings pandas, which a driver does not load
+
     table = ds.dataset(parts, filesystem=filesystem, format="parquet").to_table(
         columns=["num_completion_tokens"]
     )
@@ -144,15 +163,20 @@ class _Output:
         self.num_events = self.num_retried = 0
 
     @property
+    def num_bytes(self) -> int:
+        """What counting takes."""
+        return self._seen.nbytes
+
+    @property
     def num_seen(self) -> int:
         return int(self._seen.sum())
 
     def publish(self, part: Part) -> None:
-        for (name, index), row in self._pool.staged.pop(part.path).items():
+        self.num_retried += len(self._pool.staged.pop(part.path))
+        for name, index in part.keys:
             place = int(name[1:]) * self._width + index
             assert not self._seen[place], f"{name}, completion {index}: published twice"
             self._seen[place] = True
-            self.num_retried += row.num_retries > 0
 
     def record(
         self, kind: str, *, worker: int | None, detail: str, prompt_id: str | None = None
@@ -164,20 +188,30 @@ class _Output:
 
 
 def _simulate(
-    options: argparse.Namespace, steps: list[int], lost_at: dict[int, float] | None
+    options: argparse.Namespace, steps: np.ndarray, lost_at: dict[int, float] | None
 ) -> dict[str, Any]:
-    seconds_of = _step_seconds(options)
+    streams = RemoteStreams(
+        options.stream_width,
+        partial(_seconds_of_step, _step_seconds(options)),
+        partial(_steps_of, steps),
+        _PART_SECONDS,
+    )
+    with streams:
+        return _figures(options, streams, lost_at)
 
+
+def _figures(
+    options: argparse.Namespace, streams: RemoteStreams, lost_at: dict[int, float] | None
+) -> dict[str, Any]:
     def faults(worker: int, _held: set[str]) -> str | None:
         assert lost_at is not None
         return "node" if pool.now >= lost_at.get(worker, float("inf")) else None
 
     pool = SimulatedPool(
         options.num_workers,
-        width=options.stream_width,
-        step_seconds=lambda _worker, running: seconds_of[running],
-        steps_of=_drawn(steps),
-        latency=options.latency + options.call_seconds,
+        streams,
+        latency=options.latency,
+        call_seconds=options.call_seconds,
         restarts_after=float("inf"),
         driver_costs_time=True,
         faults=faults if lost_at else None,
@@ -185,7 +219,7 @@ def _simulate(
     output = _Output(pool, options.num_prompts, options.num_completions)
     dispatcher = Dispatcher(
         pool,
-        _works(options),
+        _works(options, pool),
         output,
         stream_width=options.stream_width,
         worker_timeout=300.0,
@@ -195,22 +229,22 @@ def _simulate(
         pass
     num_completions = options.num_prompts * options.num_completions
     assert output.num_seen == num_completions, "a completion is missing"
-    begins, ends, used = np.array(pool.slices).reshape(-1, 3).T
     tail = pool.last_new_at
+    busy_before, used_before = streams.busy(tail)
+    busy, _ = streams.busy(pool.now)
     # Prompts that all find room at once leave nothing before the tail.
     has_body = options.num_prompts > 2 * options.num_workers * options.stream_width
     body = options.num_workers * tail if has_body else float("nan")
-    before = (ends.clip(max=tail) - begins.clip(max=tail)).clip(0)
-    driver = pool.driver_seconds + options.call_seconds * pool.num_calls
     figures = {
         "seconds": pool.now,
-        "idle_before_tail": 1 - before.sum() / body,
-        "slots_empty_before_tail": 1 - (before * used).sum() / body,
-        "idle_overall": 1 - (ends - begins).sum() / (options.num_workers * pool.now),
+        "idle_before_tail": 1 - busy_before / body,
+        "slots_empty_before_tail": 1 - used_before / body,
+        "idle_overall": 1 - busy / (options.num_workers * pool.now),
         "tail_seconds": pool.now - tail,
-        "driver_seconds_per_1000_prompts": driver / options.num_prompts * 1000,
-        "driver_share_of_time": driver / pool.now,
-        "peak_resident_mb": _resident(),
+        "driver_seconds_per_1000_prompts": pool.driver_seconds / options.num_prompts * 1000,
+        "driver_share_of_time": pool.driver_seconds / pool.now,
+        "driver_peak_mb": _resident(),
+        "simulation_mb_of_it": output.num_bytes / 2**20,
         "num_completions": num_completions,
         "num_retried": output.num_retried,
         "num_events": output.num_events,
@@ -218,24 +252,39 @@ def _simulate(
     return {name: value for name, value in figures.items() if value == value}  # no NaN in JSON
 
 
-def _drawn(steps: list[int]) -> Callable[[str, int], int]:
-    return lambda name, index: steps[(crc32(name.encode()) + index * 40503) % len(steps)]
+def _seconds_of_step(by_slots: list[float], _worker: int, running: int) -> float:
+    return by_slots[running]
 
 
-def _works(options: argparse.Namespace) -> Iterator[Work]:
-    """Prompts as large as real ones."""
+def _steps_of(steps: np.ndarray, name: str, index: int) -> int:
+    return int(steps[(crc32(name.encode()) + index * 40503) % len(steps)])
+
+
+def _works(options: argparse.Namespace, pool: SimulatedPool) -> Iterator[Work]:
+    """Prompts as large as real ones, also when compressed: words of a few thousand, by Zipf's law."""
+    rng = np.random.default_rng(options.seed)
+    letters = rng.integers(97, 123, (8192, 8), np.uint8)
+    words = [
+        row[:n].tobytes().decode() for row, n in zip(letters, rng.integers(1, 8, 8192), strict=True)
+    ]
+    ranks = (8192 ** rng.random((_NUM_TEXTS, options.prompt_tokens))).astype(int)
+    tokens = [tuple((row * 18).tolist()) for row in ranks]
+    texts = [" ".join(words[i] for i in row) for row in ranks]
     indices = tuple(range(options.num_completions))
+    ids = HashSet()  # as `load_prompts` keeps them
     for number in range(options.num_prompts):
-        text = f"{number:<{4 * options.prompt_tokens}}"
+        pool.spend(options.prompt_seconds)
+        ids.add(stable_hash(f"p{number}"))
+        text = f"{number} {texts[number % _NUM_TEXTS]}"
         prompt = Prompt(
             prompt_id=f"p{number}",
-            token_ids=tuple(range(1000, 1000 + options.prompt_tokens)),
+            token_ids=tokens[number % _NUM_TEXTS],
             text=text,
-            question=text[1:],
+            question=text,
             gold_answer=str(number),
             sample_indices=indices,
         )
-        yield Work(prompt, set(indices), [])
+        yield Work.of(prompt, indices)
 
 
 def _resident() -> float:

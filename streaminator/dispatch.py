@@ -14,27 +14,34 @@ Invariants
 - A prompt belongs to the worker that a stable hash of its id names; others take it while it is not
   started and they have nothing else.
 - Bounded: a worker holds at most `2 * stream_width` open prompts, the queues together
-  `_LOOKAHEAD` of these windows per worker; the dataset is read as the queues run low.
-- Nothing waits for a worker that is not there.
+  `_LOOKAHEAD` of these windows per worker; the dataset is read as the queues run low. Here prompts
+  are kept packed.
+- Nothing waits for a worker that is not there, and no worker for the queues to be full.
+- An event costs no look at every worker.
 
-Used by: `driver`.
+Used by: `driver`, `sampler_pool`.
 """
 
 import math
+import pickle
 import time
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 from streaminator.data.finished import stable_hash
 from streaminator.errors import WorkerDiedError
-from streaminator.pool import Pool, WorkerLost, WorkerReady, WorkerReported
+from streaminator.pool import Event, Part, WorkerLost, WorkerReported, Workers
 from streaminator.progress import Report
 from streaminator.sequence import Prompt
-from streaminator.session import Part
 
-_LOOKAHEAD = 2
+_LOOKAHEAD = 0.5
+"""Windows of prompts that wait here for each worker: enough for 19 of 20 to find their home."""
+_READ_AT_ONCE = 64
+"""Prompts read between two looks at the events: reading and tokenising takes 0.4 ms each."""
 _DEATHS_IN_COMPANY = 2
 """Deaths of its worker after which a prompt runs alone."""
 _DEATHS_ALONE = 2
@@ -51,21 +58,29 @@ _IDLE_SECONDS = 30.0
 class Work:
     """A prompt on its way."""
 
-    prompt: Prompt
-    left: set[int]
-    """Sample indices not published yet."""
-    parts: list[str]
+    prompt_id: str
+    packed: bytes
+    """The prompt. Tens of thousands wait here, and as objects each would take 5 kB and more."""
+    left: Sequence[int]
+    """Sample indices not published yet, in order."""
+    parts: tuple[str, ...]
     """Published parts that hold completions of it."""
     num_deaths: int = 0
     num_deaths_alone: int = 0
     num_retries: int = 0
 
+    @classmethod
+    def of(cls, prompt: Prompt, left: Sequence[int], parts: tuple[str, ...] = ()) -> Self:
+        """A prompt with the completions to draw, and the parts that hold the others."""
+        packed = zlib.compress(pickle.dumps(prompt), level=1)
+        return cls(prompt.prompt_id, packed, left, parts)
+
     def as_prompt(self) -> Prompt:
         """What a worker is to draw."""
         return replace(
-            self.prompt,
-            sample_indices=tuple(i for i in self.prompt.sample_indices if i in self.left),
-            finished_parts=tuple(self.parts),
+            pickle.loads(zlib.decompress(self.packed)),
+            sample_indices=tuple(self.left),
+            finished_parts=self.parts,
             num_retries=self.num_retries,
         )
 
@@ -112,20 +127,26 @@ class Dispatcher:
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Workers,
         source: Iterator[Work],
         output: Output,
         *,
         stream_width: int,
         worker_timeout: float,
+        ready: Iterable[int] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`worker_timeout`: seconds without a report after which a worker counts as hung."""
+        """Args beside the parts:
+        stream_width: completions in flight on a worker.
+        worker_timeout: seconds without a report after which a worker counts as hung.
+        ready: workers that have told so already.
+        """
         self._pool = pool
         self._source: Iterator[Work] | None = source
         self._output = output
         self._width = stream_width
         self._window = 2 * stream_width
+        self._queue_room = _LOOKAHEAD * self._window * pool.num_workers
         self._timeout = worker_timeout
         self._clock = clock
         self._workers = [_Worker() for _ in range(pool.num_workers)]
@@ -135,8 +156,16 @@ class Dispatcher:
         self._suspects: deque[Work] = deque()
         self._share_per_speed = 0.0
         """Open prompts a worker should have of all that are left, by its speed."""
-        self._waiting: set[int] = set()
+        self._num_held = 0
+        """Prompts that workers have, also those that only wait to be published."""
+        self._num_open = 0
+        self._speed = 0.0
+        """Open prompts and speeds of the workers that are there and not alone, summed up."""
+        self._waiting = set(ready)
         """Workers that are ready and not busy."""
+        for index in self._waiting:
+            with self._recount(index):
+                self._workers[index].is_ready = True
         self._soonest = math.inf
         """No deadline is before it."""
 
@@ -145,69 +174,117 @@ class Dispatcher:
 
         Raises: WorkerDiedError when no worker is left; OutputError; InputError of a worker.
         """
-        self._read_on()
-        while self._has_unstarted or any(worker.works for worker in self._workers):
-            self._hand_out()
-            event = self._pool.next_event(max(0.0, self._next_deadline() - self._clock()))
-            if event is None:
-                yield from self._lose_hung()
-            # All that have something to say are heard first: the rest is shared out among them.
-            while event is not None:
-                if isinstance(event, WorkerReady):
-                    self._workers[event.worker].is_ready = True
-                    self._waiting.add(event.worker)
-                elif isinstance(event, WorkerReported):
-                    yield self._take_in(event)
-                else:
-                    yield self._lose(event)
-                event = self._pool.next_event(0.0)
+        event = None
+        while self._has_more or self._suspects or self._num_held:
             self._read_on()
+            self._hand_out(self._waiting)
+            event = event or self._pool.next_event(self._patience())
+            num_heard = 0
+            while event is not None and num_heard < len(self._workers):
+                with self._recount(event.worker):
+                    report = self._handle(event)
+                if report is not None:
+                    yield report
+                # Nobody waits for the others, until the dataset is out: then all that have something
+                # to say are heard first, and what is left is shared out among them.
+                if self._source is not None:
+                    self._hand_out(self._waiting & {event.worker})
+                num_heard += 1
+                event = self._pool.next_event(0.0)
+            if event is None and self._clock() >= self._soonest:
+                yield from self._lose_hung()
+
+    def _handle(self, event: Event) -> Report | None:
+        if isinstance(event, WorkerReported):
+            return self._take_in(event)
+        if isinstance(event, WorkerLost):
+            return self._lose(event)
+        self._workers[event.worker].is_ready = True
+        self._waiting.add(event.worker)
+        return None
 
     @property
-    def _has_unstarted(self) -> bool:
-        return bool(self._num_queued or self._loose or self._suspects)
+    def _has_more(self) -> bool:
+        """Whether there are prompts that no worker has and any may get."""
+        return bool(self._source is not None or self._num_queued or self._loose)
 
-    def _next_deadline(self) -> float:
-        return min(self._soonest, self._clock() + _IDLE_SECONDS)
+    @property
+    def _has_room(self) -> bool:
+        """Whether there is something to read, and room for it."""
+        return self._source is not None and self._num_queued < self._queue_room
+
+    @property
+    def _is_stocked(self) -> bool:
+        """Whether there is enough in the queues to take something from a foreign one."""
+        return self._source is None or 2 * self._num_queued >= self._queue_room
+
+    def _patience(self) -> float:
+        """How long the next event is waited for."""
+        if self._has_room:
+            return 0.0
+        return max(0.0, min(self._soonest - self._clock(), _IDLE_SECONDS))
+
+    @contextmanager
+    def _recount(self, index: int) -> Iterator[None]:
+        """Keep the sums over the workers right while one of them changes."""
+        self._count(self._workers[index], -1)
+        yield
+        self._count(self._workers[index], 1)
+
+    def _count(self, worker: _Worker, sign: int) -> None:
+        self._num_held += sign * len(worker.works)
+        if worker.is_ready and not worker.is_alone:
+            self._num_open += sign * worker.num_open
+            self._speed += sign * worker.speed
 
     def _read_on(self) -> None:
-        """Fill the queues from the dataset, as far as they go."""
-        room = _LOOKAHEAD * self._window * len(self._workers)
-        while self._source is not None and self._num_queued < room:
+        """Read some of the dataset, while there is room in the queues."""
+        for _ in range(_READ_AT_ONCE):
+            if not self._has_room:
+                return
+            assert self._source is not None
             work = next(self._source, None)
             if work is None:
                 self._source = None
                 return
-            self._queues[home_worker(work.prompt.prompt_id, len(self._queues))].append(work)
+            self._queues[home_worker(work.prompt_id, len(self._queues))].append(work)
             self._num_queued += 1
 
-    def _hand_out(self) -> None:
-        """Let every worker go on that waits and has, or gets, something to do."""
-        # An event costs no look at every worker until the dataset is out, and few after that.
-        free = [i for i in self._waiting if self._has_unstarted or self._workers[i].works]
+    def _hand_out(self, waiting: Iterable[int]) -> None:
+        """Let every one of these workers go on that has, or gets, something to do."""
+        has_unstarted = self._has_more or self._suspects
+        free = [i for i in waiting if has_unstarted or self._workers[i].works]
         if not free:
             return
         if self._source is None:
-            company = [w for w in self._workers if w.is_ready and not w.is_alone]
-            num_left = sum(w.num_open for w in company) + self._num_queued + len(self._loose)
-            self._share_per_speed = num_left / max(sum(w.speed for w in company), 1e-9)
+            num_left = self._num_open + self._num_queued + len(self._loose)
+            self._share_per_speed = num_left / max(self._speed, 1e-9)
         # The fastest first: what a slow one gave back is not for itself.
-        for index in sorted(free, key=lambda i: (-self._workers[i].speed, i)):
-            worker = self._workers[index]
+        free.sort(key=lambda i: (-self._workers[i].speed, i))
+        given = {index: self._give(index) for index in free}
+        idle = [self._workers[i].speed for i in self._waiting if not self._workers[i].works]
+        for index, new in given.items():
+            if self._workers[index].works:
+                self._submit(index, [work.as_prompt() for work in new], max(idle, default=0.0))
+
+    def _give(self, index: int) -> list[Work]:
+        worker = self._workers[index]
+        with self._recount(index):
             new = self._take(index)
             for work in new:
-                worker.works[work.prompt.prompt_id] = work
+                worker.works[work.prompt_id] = work
             worker.num_open += len(new)
-            if worker.works:
-                self._submit(index, [work.as_prompt() for work in new])
+        return new
 
-    def _submit(self, index: int, prompts: list[Prompt]) -> None:
+    def _submit(self, index: int, prompts: list[Prompt], idle_speed: float) -> None:
+        """`idle_speed`: of the fastest worker that has nothing; 0: all have something."""
         worker = self._workers[index]
-        has_more = bool(self._num_queued or self._loose) and not worker.is_alone
-        min_open = self._window - self._width // 2 if has_more else 0
+        has_more = self._has_more and not worker.is_alone
+        # Never more than it has: it would come back after every step.
+        min_open = min(self._window - self._width // 2, worker.num_open) if has_more else 0
         # Not of one that is given some: they would go from hand to hand and no step be made.
         may_release = not (has_more or prompts or self._suspects)
-        num_to_release = self._num_to_release(worker) if may_release else 0
+        num_to_release = self._num_to_release(worker, idle_speed) if may_release else 0
         worker.is_busy = True
         self._waiting.discard(index)
         worker.submitted_at = self._clock()
@@ -224,7 +301,7 @@ class Dispatcher:
         taken: list[Work] = []
         room = self._window - worker.num_open
         if self._source is None:
-            share = math.ceil(self._share_per_speed * worker.speed)
+            share = math.ceil(self._share_per_speed * worker.speed - 1e-6)  # the sums are rounded
             room = min(room, max(share, int(not worker.works)) - worker.num_open)
         own = self._queues[index]
         while len(taken) < room and (self._loose or self._num_queued):
@@ -233,6 +310,8 @@ class Dispatcher:
             elif own:
                 taken.append(own.popleft())
                 self._num_queued -= 1
+            elif not self._is_stocked:
+                break
             else:
                 longest = max(self._queues, key=len)
                 for _ in range(min(room - len(taken), (len(longest) + 1) // 2)):
@@ -243,13 +322,12 @@ class Dispatcher:
             worker.is_alone = True
         return taken
 
-    def _num_to_release(self, worker: _Worker) -> int:
+    def _num_to_release(self, worker: _Worker, idle_speed: float) -> int:
         """In the tail: prompts that others, who have none, would finish sooner."""
-        idle = [w.speed for w in self._workers if w.is_ready and not w.works]
-        if worker.is_alone or not idle:
+        if worker.is_alone or not idle_speed:
             return 0
         keep = math.floor(self._share_per_speed * worker.speed + 0.5)
-        if max(idle) < 1.5 * worker.speed:
+        if idle_speed < 1.5 * worker.speed:
             keep = max(keep, 1)  # moving the last one would gain nothing
         return max(0, worker.num_open - keep)
 
@@ -281,9 +359,11 @@ class Dispatcher:
         name = part.path.rpartition("/")[2]
         for prompt_id, sample_index in part.keys:
             work = worker.works[prompt_id]
+            if not isinstance(work.left, list):
+                work.left = list(work.left)  # all that wait share one
             work.left.remove(sample_index)
             if not work.parts or work.parts[-1] != name:
-                work.parts.append(name)
+                work.parts = (*work.parts, name)
             if not work.left:
                 del worker.works[prompt_id]
 
@@ -292,7 +372,9 @@ class Dispatcher:
         for index, worker in enumerate(self._workers):
             if worker.deadline <= now:
                 why = f"no report for {now - worker.submitted_at:.0f} s"
-                yield self._lose(WorkerLost(index, why), kind="worker hung")
+                with self._recount(index):
+                    report = self._lose(WorkerLost(index, why), kind="worker hung")
+                yield report
         self._soonest = min(worker.deadline for worker in self._workers)
 
     def _lose(self, event: WorkerLost, kind: str = "worker died") -> Report:
@@ -324,9 +406,7 @@ class Dispatcher:
         if work.num_deaths_alone >= _DEATHS_ALONE:
             why = f"its worker was lost {work.num_deaths} times, the last time: {event.why}"
             self._output.fail(work.as_prompt(), why)
-            self._output.record(
-                "prompt failed", worker=index, detail=why, prompt_id=work.prompt.prompt_id
-            )
+            self._output.record("prompt failed", worker=index, detail=why, prompt_id=work.prompt_id)
         elif work.num_deaths >= _DEATHS_IN_COMPANY:
             self._suspects.append(work)
         else:

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from streaminator.config import JobConfig
-from streaminator.data.files import hold
+from streaminator.data.files import hold, open_output
 from streaminator.data.finished import EarlierRun, Finished
 from streaminator.data.parquet import completions_schema
 from streaminator.data.prompts import load_prompts
@@ -65,6 +65,7 @@ def sample(config: JobConfig, make_pool: Callable[[JobConfig], Pool]) -> Summary
 
 def _sample(config: JobConfig, make_pool: Callable[[JobConfig], Pool]) -> Summary:
     run_id = resolve_run_id(config)
+    open_output(config.run.output)  # the dataset may take minutes to read
     check_model(config.model)
     completions_schema(config.data.metadata_columns)  # refuses names that are taken
     make_grader(config.data)
@@ -192,7 +193,7 @@ def _left_to_draw(
         if missing:
             if earlier is not None:
                 prompt = replace(prompt, warm_parts=earlier.parts_of(prompt.prompt_id))
-            yield Work(prompt, set(missing), list(parts))
+            yield Work.of(prompt, missing, parts)
 
 
 @contextmanager

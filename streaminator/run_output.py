@@ -18,6 +18,7 @@ import pyarrow as pa
 from streaminator.config import JobConfig
 from streaminator.data.files import (
     STAGING,
+    STORAGE_SECONDS,
     Patience,
     clean_temp_files,
     join_uri,
@@ -26,9 +27,9 @@ from streaminator.data.files import (
 )
 from streaminator.data.parquet import EVENTS, PartWriter, completion_row, completions_schema
 from streaminator.grading import make_grader
+from streaminator.pool import Part
 from streaminator.run_record import Run
 from streaminator.sequence import FinishReason, Prompt, not_drawn
-from streaminator.session import STORAGE_SECONDS, Part
 
 
 class RunOutput:

@@ -27,6 +27,11 @@ from streaminator.errors import ConfigError, OutputError, RunBusyError
 STAGING = ".staging"
 """Folder of a run that no reader looks into: a folder per worker, of parts not published yet."""
 
+STORAGE_SECONDS = 120.0
+"""How long failing storage is put up with; a stream goes on meanwhile."""
+_GS_SECONDS, _GS_PROBE_SECONDS = 60, 5
+"""How long pyarrow tries again on `gs://` within one call (a few times as long in all), later and at
+first: its own default is 15 minutes, also where credentials are missing."""
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 15.0
 """Seconds between two tries while storage fails."""
 
@@ -35,7 +40,7 @@ def reason(error: BaseException) -> str:
     """What an exception says, on one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.splitlines()[0]
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def join_uri(uri: str, *names: str) -> str:
@@ -44,13 +49,15 @@ def join_uri(uri: str, *names: str) -> str:
     return "/".join([base.rstrip("/"), *names]) + mark + query
 
 
-def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+def resolve(uri: str, gs_seconds: int = _GS_SECONDS) -> tuple[pafs.FileSystem, str]:
     """(file system, path) of a local path or a URI, without touching it.
 
     Raises: OutputError for a URI that pyarrow cannot use.
     """
     if "://" not in uri:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    if uri.startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:
+        uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={gs_seconds}"
     try:
         return pafs.FileSystem.from_uri(uri)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -63,7 +70,7 @@ def open_output(uri: str) -> tuple[pafs.FileSystem, str]:
     Raises: ConfigError when the folder cannot be created or written.
     """
     try:
-        filesystem, path = resolve(uri)
+        filesystem, path = resolve(uri, _GS_PROBE_SECONDS)
         filesystem.create_dir(path, recursive=True)
         probe = f"{path}/.probe-{uuid.uuid4().hex}"
         write_whole(filesystem, probe, b"")
@@ -71,8 +78,20 @@ def open_output(uri: str) -> tuple[pafs.FileSystem, str]:
     except OutputError as error:
         raise ConfigError(f"--output {error}") from error
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise ConfigError(f"--output {uri}: cannot be written: {reason(error)}") from error
-    return filesystem, path
+        why = reason(error)
+        raise ConfigError(f"--output {uri}: cannot be written: {why}{_remedy(why)}") from error
+    return resolve(uri)
+
+
+def _remedy(why: str) -> str:
+    """What to do about what an object store says."""
+    if any(word in why for word in ("ACCESS_DENIED", "ACCESS_KEY", "SIGNATURE", "status 403")):
+        return "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of a user who may write there"
+    if "OAuth2" in why or "PERMISSION_DENIED" in why:
+        return "; set GOOGLE_APPLICATION_CREDENTIALS to the key of a user who may write there"
+    if "status 301" in why:
+        return "; add ?region=REGION of the bucket"
+    return ""
 
 
 def write_whole(filesystem: pafs.FileSystem, path: str, data: bytes | pa.Buffer) -> None:

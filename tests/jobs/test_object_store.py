@@ -8,8 +8,9 @@ from pyarrow import fs as pafs
 
 from jobs.sample import main
 from streaminator import pool, session
-from streaminator.errors import ConfigError
+from streaminator.data import files
 from streaminator.run_output import RunOutput
+from tests.programs import assert_refused
 
 FLAGS = ["--num_samples", "4", "--num_completions", "2", "--max_length", "16"]
 FLAGS += ["--num_workers", "0", "--no_spec_decoding", "--stream_width", "1"]
@@ -70,8 +71,47 @@ def test_a_run_on_s3_is_read_while_written_interrupted_and_resumed(s3, monkeypat
     assert set(before) <= set(after)
 
 
-def test_a_bucket_that_is_not_there_is_refused_before_a_model_is_loaded(s3, monkeypatch):
-    monkeypatch.setattr(pool, "LocalPool", lambda _: pytest.fail("loaded"))
-    with pytest.raises(ConfigError, match="--output s3://nowhere/runs") as refused:
-        main([*FLAGS, "--output", uri(s3[1], "nowhere")])
-    assert "\n" not in str(refused.value)
+@pytest.fixture
+def refuse(monkeypatch, capsys):
+    """Asserts that the output is refused in one line, before a model is loaded."""
+
+    def refused(output: str, words: str) -> None:
+        monkeypatch.setattr(pool, "LocalPool", lambda _: pytest.fail("loaded"))
+        monkeypatch.setattr("sys.argv", ["job", *FLAGS, "--output", output])
+        assert_refused("job", main, capsys, words)
+
+    return refused
+
+
+def test_a_bucket_that_is_not_there_is_refused_before_a_model_is_loaded(s3, refuse):
+    refuse(uri(s3[1], "nowhere"), "Bucket 'nowhere' not found")
+
+
+def test_missing_credentials_are_refused_and_say_how_to_give_them(
+    s3, refuse, monkeypatch, tmp_path
+):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.aws
+    refuse(uri(s3[1]), "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+
+
+def test_a_store_that_does_not_answer_is_refused(s3, refuse):
+    refuse(uri("127.0.0.1:1"), "Could not connect")
+
+
+def test_gs_that_does_not_answer_is_not_waited_for_a_quarter_of_an_hour(refuse, monkeypatch):
+    monkeypatch.setattr(files, "_GS_PROBE_SECONDS", 1)
+    refuse("gs://anonymous@bucket/runs?endpoint_override=127.0.0.1:1&scheme=http", "connect")
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("s3://bucket/runs?regoin=x", "Unexpected query parameter"),
+        ("ftp://host/runs", "ftp://host/runs"),
+        ("file:///dev/null/runs", "file:///dev/null/runs: cannot be written"),
+    ],
+)
+def test_a_uri_that_means_nothing_is_refused(refuse, output, words):
+    refuse(output, words)

@@ -2,6 +2,8 @@
 """The simulation: everything comes once, also when workers are lost, and the figures are there."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -12,7 +14,7 @@ SMALL = ["--num_workers", "8", "--num_prompts", "200", "--num_completions", "3"]
 
 
 def test_everything_is_drawn_once_and_lost_workers_lose_nothing(tmp_path, capsys):
-    path = tmp_path / "simulate" / "out.json"
+    path = tmp_path / "out.json"
     assert main([*SMALL, "--stream_width", "4", "--lose", "0.25", "--json_out", str(path)]) == 0
     result = json.loads(path.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
@@ -20,7 +22,7 @@ def test_everything_is_drawn_once_and_lost_workers_lose_nothing(tmp_path, capsys
     assert result["num_retried"] == result["num_events"] == 0
     for name in ("idle_before_tail", "idle_overall", "slots_empty_before_tail"):
         assert 0 <= result[name] < 1
-    for name in ("seconds", "tail_seconds", "driver_seconds_per_1000_prompts", "peak_resident_mb"):
+    for name in ("seconds", "tail_seconds", "driver_seconds_per_1000_prompts", "driver_peak_mb"):
         assert result[name] > 0
     lossy = result["with_losses"]
     assert (lossy["num_completions"], lossy["num_events"]) == (600, 2)
@@ -42,6 +44,16 @@ def test_lengths_come_from_a_run(tmp_path, capsys):
     assert 3 * 40 < result["seconds"] < 4 * 3 * 40
 
 
+def test_a_driver_loads_no_engine_no_numba_and_no_pandas():
+    code = (
+        "import sys, jobs.simulate as simulate; simulate._load_what_a_driver_loads();"
+        "assert 'actors.pool' in sys.modules; assert 'streaminator.driver' in sys.modules;"
+        "engine = {'streaminator.session', 'streaminator.engine.engine', 'numba', 'pandas'};"
+        "assert not engine & set(sys.modules), engine & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -49,6 +61,8 @@ def test_lengths_come_from_a_run(tmp_path, capsys):
         ["--lose", "1"],
         ["--step_costs", "a:b"],
         ["--lengths_from", "/nowhere"],
+        ["--json_out", "no/such/folder/x.json"],
+        ["--json_out", "/dev/null/x.json"],
     ],
 )
 def test_bad_input_names_the_flag(flags):

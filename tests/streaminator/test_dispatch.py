@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
-from streaminator.dispatch import home_worker
+from streaminator.dispatch import Work, home_worker
 from streaminator.errors import WorkerDiedError
+from streaminator.sequence import Prompt
 from tests.fake_pool import FakePool, dispatch, random_faults
 
 
@@ -138,6 +139,27 @@ def test_equal_workers_do_not_pass_the_last_prompts_around():
     assert all(len(names) == 1 for names in workers.values())
 
 
+def test_workers_begin_before_the_queues_are_full():
+    num_read = []
+    pool = FakePool(200, faults=lambda pool, *_: num_read.append(pool.source.num_taken))
+    dispatch(pool, num_prompts=3000)
+    assert num_read[0] < 200, "queues of 800"
+
+
+def test_a_prompt_that_waits_loses_nothing():
+    prompt = Prompt(
+        prompt_id="p",
+        token_ids=(1, 70_000),
+        text="q?",
+        question="q",
+        gold_answer="4",
+        metadata={"level": "1"},
+        sample_indices=(2, 3),
+        warm_parts=("a", "b"),
+    )
+    assert Work.of(prompt, (2, 3)).as_prompt() == prompt
+
+
 def test_the_dataset_is_read_as_it_is_drawn_and_windows_are_bounded():
     pool = FakePool(3, width=4)
     most = []
@@ -146,6 +168,6 @@ def test_the_dataset_is_read_as_it_is_drawn_and_windows_are_bounded():
         most.append(source.num_taken - len(output.rows) // 3)
 
     dispatch(pool, num_prompts=3000, on_report=watch)
-    per_worker = 2 * 2 * 4 + 2 * 4 + 4 * 20  # queues, window, finished within a part's time
+    per_worker = 4 + 2 * 4 + 4 * 20  # queue, window, finished within a part's time
     assert max(most) <= 3 * per_worker
     assert pool.largest_window <= 8

@@ -7,10 +7,10 @@ import pytest
 import streaminator.run_output as module
 from streaminator.config import JobConfig
 from streaminator.errors import OutputError
+from streaminator.pool import Part
 from streaminator.run_output import RunOutput
 from streaminator.run_record import open_run
 from streaminator.sequence import Prompt
-from streaminator.session import Part
 from streaminator.summary import render, summarise
 
 PART = Part(path=".staging/w/part-w-000001.parquet", keys=(("p", 0),))

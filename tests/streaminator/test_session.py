@@ -14,7 +14,8 @@ from streaminator.data.files import publish, resolve
 from streaminator.data.prompts import load_prompts
 from streaminator.engine.checkpoint import load_tokenizer
 from streaminator.errors import DeviceError, OutputError
-from streaminator.session import Session, WorkResult
+from streaminator.pool import WorkResult
+from streaminator.session import Session
 
 CONFIG = JobConfig(
     model=ModelConfig(device="cpu", dtype="float32"),
