@@ -16,18 +16,15 @@ import pytest
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
-# Without it Ray would take the machine's outer address in the place of loopback.
 HEAD = """
 import sys, ray
-ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
-ray.init(num_cpus=1, object_store_memory=80 << 20, include_dashboard=False, _temp_dir=sys.argv[1])
+ray.init("local", num_cpus=1, object_store_memory=80 << 20, include_dashboard=False, _temp_dir=sys.argv[1])
 print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """
 JOB = """
 import sys, ray, actors.pool, jobs.sample as job
 from streaminator.cli import main_program
-ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
 actors.pool.RayPool = None  # no worker may be started
 ray.__version__ = sys.argv.pop(1) or ray.__version__
 sys.exit(main_program("job", job.main))
