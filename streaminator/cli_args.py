@@ -167,7 +167,7 @@ def _checked_scalar(path: Path, setting: Field, scalar: type, value: Any) -> Any
 
 def _may_be_auto(setting: Field) -> bool:
     """Whether it is a number that may be left to the program; "auto" says so in words."""
-    return setting.default is None and _scalar_type(setting) in (int, float)
+    return type(None) in get_args(setting.type) and _scalar_type(setting) in (int, float)
 
 
 def _number_or_auto(setting: Field) -> Callable[[str], Any]:

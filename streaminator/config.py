@@ -163,6 +163,11 @@ class EngineConfig:
     kv_cache: bool = _option(True, "keep keys and values between steps")
     continuous_batching: bool = _option(True, "refill a slot the moment its completion ends")
     max_batched_tokens: int = _option(512, "most prompt tokens computed in one step (chunking)")
+    in_flight_per_prompt: int | None = _option(
+        1,
+        "completions of one prompt in flight at once: above 1, or auto, prompts take a second slot "
+        "and more where slots would stay empty",
+    )
     block_size: int = _option(16, "tokens per KV block")
     num_blocks: int | None = _option(None, "KV blocks; default: sized by width and free memory")
 
@@ -171,6 +176,12 @@ class EngineConfig:
         _require(self.stream_width >= 1, "stream_width", self.stream_width, "1 or more")
         _require(
             self.max_batched_tokens >= 1, "max_batched_tokens", self.max_batched_tokens, "1 or more"
+        )
+        _require(
+            self.in_flight_per_prompt is None or self.in_flight_per_prompt >= 1,
+            "in_flight_per_prompt",
+            self.in_flight_per_prompt,
+            "1 or more, or auto",
         )
         _require(
             self.block_size >= 16 and self.block_size % 16 == 0,
@@ -346,6 +357,11 @@ class JobConfig:
             raise ConfigError(
                 "--no_prompt_training with --no_generation_training: the speculator would learn "
                 "from nothing; add --no_spec_decoding to run without one"
+            )
+        if self.data.stop_when_settled is not None and self.engine.in_flight_per_prompt != 1:
+            raise ConfigError(
+                "--in_flight_per_prompt with --stop_when_settled: whether a completion is drawn "
+                "depends on all before it; leave one of them out"
             )
 
     @classmethod

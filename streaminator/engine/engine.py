@@ -116,6 +116,7 @@ class Engine:
             max_batched_tokens=engine.max_batched_tokens,
             kv_cache=engine.kv_cache,
             continuous_batching=engine.continuous_batching,
+            in_flight_per_prompt=engine.in_flight_per_prompt or engine.stream_width,
             start=self._start,
         )
         self._cache = cache
@@ -358,9 +359,8 @@ class Engine:
         has_failed = reason is FinishReason.FAILED
         if self._speculator_config.spec_decoding:
             self.store.finish(sequence, has_failed=has_failed)
-        if sequence.sample_index == sequence.prompt.sample_indices[-1]:
+        if self.scheduler.retire(sequence, has_failed=has_failed):
             self.store.drop(sequence.prompt)
-        self.scheduler.retire(sequence, has_failed=has_failed)
         return completion
 
     def _completion(

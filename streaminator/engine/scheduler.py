@@ -2,7 +2,8 @@
 """Who runs in which step: admission, affinity, chunked prefill, preemption. No tensors.
 
 Invariants
-- Affinity: a prompt has at most one sequence in flight (running or preempted).
+- Affinity: a prompt has at most `in_flight_per_prompt` sequences in flight (running or preempted),
+  and more than one only in slots that would stay empty.
 - Bounded: at most `stream_width` sequences run; blocks never exceed the pool.
 - Longest remaining work first: among prompts not in flight, the one with the most completions
   left is admitted first, which keeps the tail short.
@@ -13,6 +14,7 @@ Used by: `engine.Engine`.
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,6 +27,7 @@ class _OpenPrompt:
     prompt: Prompt
     order: int
     next_sample: int = 0
+    num_in_flight: int = 0
     resident_blocks: list[int] = field(default_factory=list)
     """Blocks of the prompt's keys and values, kept between its completions."""
     num_resident_tokens: int = 0
@@ -46,6 +49,7 @@ class Scheduler:
         max_batched_tokens: int,
         kv_cache: bool,
         continuous_batching: bool,
+        in_flight_per_prompt: int,
         start: Callable[[Prompt, int], Sequence],
     ) -> None:
         """`start(prompt, sample_index)` makes the sequence of a new completion."""
@@ -55,10 +59,10 @@ class Scheduler:
         self._max_batched_tokens = max_batched_tokens
         self._kv_cache = kv_cache
         self._continuous_batching = continuous_batching
+        self._max_in_flight = in_flight_per_prompt
         self._start = start
         self._preempted: list[Sequence] = []
         self._open: dict[str, _OpenPrompt] = {}
-        self._in_flight: set[str] = set()
         self._idle: list[tuple[int, int, str]] = []
         self._num_added = 0
         self._num_to_release = 0
@@ -117,7 +121,9 @@ class Scheduler:
         self._publish(entry, sequence)
         size = self.block_manager.block_size
         keep = min(num_cached_tokens, sequence.num_prompt_tokens - 1)
-        if keep > entry.num_resident_tokens:
+        # A sibling may have written its own copy of the last resident block: it cannot go on there.
+        shares_all = sequence.block_table[: len(entry.resident_blocks)] == entry.resident_blocks
+        if keep > entry.num_resident_tokens and shares_all:
             blocks = sequence.block_table[len(entry.resident_blocks) : -(-keep // size)]
             self.block_manager.share(blocks)
             entry.resident_blocks.extend(blocks)
@@ -127,14 +133,16 @@ class Scheduler:
         """Compute a sequence's keys and values again, in blocks that nobody used."""
         self._preempt(sequence)
 
-    def retire(self, sequence: Sequence, *, has_failed: bool = False) -> None:
-        """A completion ended: free its slot; drop the prompt when it was the last one."""
+    def retire(self, sequence: Sequence, *, has_failed: bool = False) -> bool:
+        """A completion ended: free its slot; drop the prompt, and say so, when it was the last one."""
         self.running.remove(sequence)
         self._release(sequence)
         entry = self._open[sequence.prompt.prompt_id]
         if has_failed:
             self._drop_partial(entry)
-        self._in_flight.discard(entry.prompt.prompt_id)
+        entry.num_in_flight -= 1
+        if entry.num_in_flight:
+            return False
         self._forget_computing(entry)
         if entry.num_left and self._num_to_release:
             self._let_go(entry)
@@ -143,6 +151,8 @@ class Scheduler:
         else:
             self._drop_resident(entry)
             del self._open[entry.prompt.prompt_id]
+            return True
+        return False
 
     def release(self, num: int) -> None:
         """Give up `num` prompts: those not in flight now, then others between two completions."""
@@ -180,9 +190,10 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError when a block or a prompt is lost or held twice."""
         flying = self.running + self._preempted
-        ids = [s.prompt.prompt_id for s in flying]
-        assert len(ids) == len(set(ids)), "two sequences of one prompt are in flight"
-        assert set(ids) == self._in_flight, "affinity is broken"
+        flights = Counter(s.prompt.prompt_id for s in flying)
+        assert max(flights.values(), default=0) <= self._max_in_flight, "affinity is broken"
+        counted = {name: entry.num_in_flight for name, entry in self._open.items()}
+        assert flights == Counter(counted), "sequences in flight are miscounted"
         tables = [s.block_table for s in flying]
         tables += [entry.resident_blocks for entry in self._open.values()]
         self.block_manager.check_integrity(tables)
@@ -200,21 +211,16 @@ class Scheduler:
     def _admit(self) -> None:
         if not self._continuous_batching and self.running:
             return
-        held_back = []
+        held_back: list[tuple[int, int, str]] = []
         while len(self.running) < self.stream_width:
             if self._preempted:
                 sequence = self._preempted.pop()
                 self._attach_prefix(sequence)
-            elif self._idle:
-                item = heapq.heappop(self._idle)
-                entry = self._open[item[2]]
-                if self._waits_for_preamble(entry):
-                    held_back.append(item)
-                    continue
+            elif (entry := self._next_prompt(held_back)) is not None:
                 sequence = self._start(entry.prompt, entry.prompt.sample_indices[entry.next_sample])
-                entry.next_sample += 1
-                self._in_flight.add(entry.prompt.prompt_id)
                 self._attach_prefix(sequence)
+                entry.next_sample += 1
+                entry.num_in_flight += 1
             else:
                 break
             self.running.append(sequence)
@@ -227,8 +233,33 @@ class Scheduler:
         for item in held_back:
             heapq.heappush(self._idle, item)
 
+    def _next_prompt(self, held_back: list[tuple[int, int, str]]) -> _OpenPrompt | None:
+        """Whose next completion is admitted; idle prompts that must wait are put in `held_back`."""
+        while self._idle:
+            item = heapq.heappop(self._idle)
+            entry = self._open[item[2]]
+            if not self._waits_for_preamble(entry):
+                return entry
+            held_back.append(item)
+        # A slot given to a sibling would be missing in the next step; prompts to be given up drain.
+        if self._max_in_flight == 1 or held_back or self._num_to_release:
+            return None
+        siblings = (
+            entry
+            for entry in self._open.values()
+            if entry.num_left
+            and entry.num_in_flight < self._max_in_flight
+            and not self._waits_for_sibling(entry)
+        )
+        return min(siblings, key=lambda e: (e.num_in_flight, -e.num_left, e.order), default=None)
+
+    def _waits_for_sibling(self, entry: _OpenPrompt) -> bool:
+        """Whether the prompt's first sequence has still to compute what others can share."""
+        num_hits = len(self.block_manager.cached_blocks(entry.prefix_keys))
+        return self._continuous_batching and num_hits < len(entry.prefix_keys)
+
     def _waits_for_preamble(self, entry: _OpenPrompt) -> bool:
-        """Whether another sequence is computing the very block this prompt needs next."""
+        """Whether another prompt's sequence is computing the very block this prompt needs next."""
         if entry.resident_blocks or not self._continuous_batching:
             return False
         num_hits = len(self.block_manager.cached_blocks(entry.prefix_keys))
@@ -244,14 +275,17 @@ class Scheduler:
     def _attach_prefix(self, sequence: Sequence) -> None:
         """Start from the prompt's resident blocks, or from a known prefix of it."""
         entry = self._open[sequence.prompt.prompt_id]
-        if entry.resident_blocks:
-            blocks, num_tokens = entry.resident_blocks, entry.num_resident_tokens
-        else:
+        size = self.block_manager.block_size
+        blocks, num_tokens = entry.resident_blocks, entry.num_resident_tokens
+        if not blocks:
             blocks = self.block_manager.cached_blocks(entry.prefix_keys)
-            num_tokens = len(blocks) * self.block_manager.block_size
+            num_tokens = len(blocks) * size
+        elif any(other.prompt is sequence.prompt for other in self.running):
+            blocks = blocks[: num_tokens // size]
+            num_tokens = len(blocks) * size
         self.block_manager.share(blocks)
-        # The last resident block may be part prompt, part completion. Only one sequence of a
-        # prompt is ever in flight, so it is written in place, without a copy.
+        # The last resident block may be part prompt, part completion. The only sequence of a prompt
+        # in flight writes to it in place, without a copy; siblings compute their own.
         sequence.block_table = list(blocks)
         sequence.num_cached_tokens = num_tokens
 
@@ -304,7 +338,7 @@ class Scheduler:
     def _drop_idle_resident(self) -> bool:
         """Give up one idle prompt's resident blocks; False when there are none."""
         for entry in self._open.values():
-            if entry.resident_blocks and entry.prompt.prompt_id not in self._in_flight:
+            if entry.resident_blocks and not entry.num_in_flight:
                 self._drop_resident(entry)
                 return True
         return False

@@ -191,7 +191,7 @@ class Memory:
         """Begin a completion of an open prompt.
 
         Args:
-            prompt_id: the prompt, at most one of whose completions runs at a time.
+            prompt_id: the prompt; its completions that run at a time learn from each other.
             token_ids: prompt, and completion so far if it is resumed.
             noise_key: signed 64-bit key of its sampling noise.
 
@@ -296,10 +296,11 @@ class Memory:
 
     def _make_room(self, handles: Ints, lengths: Ints, rows_per_context: float) -> None:
         """Grow the tables that might not hold what comes next."""
-        owners = self._running[handles, rates.TABLE]
-        records = self._tables[owners]
-        full = self._is_full(records, lengths * NUM_CONTEXTS, rows_per_context)
-        for table, length in zip(owners[full], lengths[full], strict=True):
+        totals = np.bincount(self._running[handles, rates.TABLE], lengths).astype(np.int64)
+        owners = np.flatnonzero(totals)
+        totals = totals[owners]
+        full = self._is_full(self._tables[owners], totals * NUM_CONTEXTS, rows_per_context)
+        for table, length in zip(owners[full], totals[full], strict=True):
             self._grow(int(table), int(length) * NUM_CONTEXTS, rows_per_context)
         if self._shared:
             num = int(lengths.sum()) * NUM_SHARED_CONTEXTS

@@ -46,7 +46,7 @@ class MemoryStore:
         self._open: set[str] = set()
         self._kept: OrderedDict[str, None] = OrderedDict()
         self._num_kept_prompts = num_kept_prompts
-        self._handles: dict[str, int] = {}
+        self._handles: dict[Sequence, int] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -59,7 +59,7 @@ class MemoryStore:
         if prompt.prompt_id not in self._open:
             self._reopen(prompt)
             self._open.add(prompt.prompt_id)
-        self._handles[prompt.prompt_id] = self._memory.start(
+        self._handles[sequence] = self._memory.start(
             prompt.prompt_id, sequence.token_ids, sequence.noise_key
         )
 
@@ -87,7 +87,7 @@ class MemoryStore:
 
     def finish(self, sequence: Sequence, *, has_failed: bool) -> None:
         """The completion has ended; its tokens are learned already."""
-        self._memory.finish(self._handles.pop(sequence.prompt.prompt_id))
+        self._memory.finish(self._handles.pop(sequence))
 
     def drop(self, prompt: Prompt) -> None:
         """Forget a prompt, or an older one; what the shared tier learned from it stays."""
@@ -108,5 +108,5 @@ class MemoryStore:
         self._memory.open(prompt.prompt_id, prompt.token_ids, prompt.finished, top)
 
     def _arrange(self, sequences: Seq[Sequence]) -> np.ndarray:
-        handles = [self._handles[sequence.prompt.prompt_id] for sequence in sequences]
+        handles = [self._handles[sequence] for sequence in sequences]
         return np.array(handles, np.int64)

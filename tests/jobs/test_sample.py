@@ -164,6 +164,7 @@ def test_a_second_process_cannot_write_the_same_run(tmp_path, capsys):
         ["--no_kv_cache", "--no_continuous_batching", "--no_spec_decoding"],
         ["--max_batched_tokens", "7"],
         ["--num_blocks", "21"],
+        ["--in_flight_per_prompt", "auto", "--stream_width", "40"],
     ],
     ids=" ".join,
 )
@@ -303,6 +304,11 @@ def run_main(capsys, *flags: str) -> tuple[int, str]:
         (["--warm_start", "nowhere"], ["--warm_start nowhere", "no run"]),
         (["--warm_start", "r", "--no_spec_decoding"], ["--warm_start"]),
         (["--stop_when_settled", "1"], ["--stop_when_settled 1.0"]),
+        (["--in_flight_per_prompt", "0"], ["--in_flight_per_prompt 0", "auto"]),
+        (
+            ["--in_flight_per_prompt", "2", "--stop_when_settled", "0.9"],
+            ["--in_flight_per_prompt", "--stop_when_settled"],
+        ),
         (["--metadata_columns", "text"], ["--metadata_columns text"]),
         (["--run_id", "../up"], ["--run_id"]),
         (["--num_blocks", "4"], ["--num_blocks 4", "need"]),

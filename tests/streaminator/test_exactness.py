@@ -101,6 +101,8 @@ def test_the_speculator_changes_no_token(
         EngineConfig(stream_width=3, max_batched_tokens=3),
         EngineConfig(stream_width=3, max_batched_tokens=1),
         EngineConfig(stream_width=3, block_size=32),
+        EngineConfig(stream_width=9, in_flight_per_prompt=2),
+        EngineConfig(stream_width=16, in_flight_per_prompt=None),
     ],
     ids=[
         "width1",
@@ -112,6 +114,8 @@ def test_the_speculator_changes_no_token(
         "chunks_of_3",
         "chunks_of_1",
         "blocks_of_32",
+        "two_in_flight",
+        "all_in_flight",
     ],
 )
 def test_the_stream_changes_no_token(

@@ -40,6 +40,7 @@ PROMPT_SHAPES = st.lists(
     max_batched_tokens=st.sampled_from([1, 7, 16, 512]),
     kv_cache=st.booleans(),
     continuous_batching=st.booleans(),
+    in_flight_per_prompt=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
 def test_every_completion_ends_once_and_no_block_is_lost_or_read_by_a_stranger(
@@ -50,6 +51,7 @@ def test_every_completion_ends_once_and_no_block_is_lost_or_read_by_a_stranger(
     max_batched_tokens: int,
     kv_cache: bool,
     continuous_batching: bool,
+    in_flight_per_prompt: int,
     seed: int,
 ) -> None:
     simulation = Simulation(
@@ -58,6 +60,7 @@ def test_every_completion_ends_once_and_no_block_is_lost_or_read_by_a_stranger(
         max_batched_tokens=max_batched_tokens,
         kv_cache=kv_cache,
         continuous_batching=continuous_batching,
+        in_flight_per_prompt=in_flight_per_prompt,
         seed=seed,
     )
     prompts = [prompt(f"p{i}", num, n, first) for i, (num, n, first) in enumerate(shapes)]
@@ -88,6 +91,38 @@ def test_one_prompt_never_has_two_completions_in_flight() -> None:
     while simulation.scheduler.num_open_prompts:
         assert len(simulation.step()) == 1
     assert simulation.retired == [("only", index) for index in range(6)]
+
+
+def test_siblings_fill_slots_that_would_stay_empty_and_share_the_prompts_blocks() -> None:
+    simulation = Simulation(stream_width=5, in_flight_per_prompt=3)
+    simulation.add([prompt("p", 37, 4), prompt("q", 37, 1, 100)])
+    first = simulation.step(max_draft=0, chance_to_end=0)
+    assert names(first) == ["p", "q"], "siblings wait until the prompt is computed"
+    scheduled = simulation.schedule()
+    assert names(scheduled) == ["p", "q", "p", "p"]
+    assert [s.num_cached_tokens for s in scheduled] == [37, 37, 32, 32]
+    first, _, second, third = (s.block_table for s in scheduled)
+    assert first[:2] == second[:2] == third[:2]
+    assert len({table[2] for table in (first, second, third)}) == 3, "a block written by two"
+
+
+def test_prompts_that_wait_come_before_siblings() -> None:
+    simulation = Simulation(stream_width=2, in_flight_per_prompt=8)
+    simulation.add([prompt(f"p{i}", 5, 3, 100 * i) for i in range(3)])
+    while simulation.scheduler.num_open_prompts > 1:
+        assert len(set(names(simulation.step(chance_to_end=0.4)))) == 2
+
+
+def test_a_prompt_to_be_given_up_gets_no_more_siblings() -> None:
+    simulation = Simulation(stream_width=4, in_flight_per_prompt=4)
+    simulation.add([prompt("p", 5, 30)])
+    simulation.step(chance_to_end=0)
+    simulation.scheduler.release(1)
+    started = len(simulation.started)
+    while simulation.scheduler.num_open_prompts:
+        simulation.step(chance_to_end=0.5)
+    assert [p.prompt_id for p in simulation.scheduler.take_released()] == ["p"]
+    assert len(simulation.started) == started
 
 
 def test_a_slot_is_refilled_in_the_step_after_its_completion_ended() -> None:
