@@ -78,6 +78,11 @@ class ModelConfig:
     )
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one", tokens=True)
     trust_remote_code: bool = _option(False, "run code that comes with the checkpoint", tokens=True)
+    packed_linear: bool = _option(
+        True,
+        "on a CPU: keep a second copy of linear layers' weights as its matrix kernels read them",
+        tokens=True,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

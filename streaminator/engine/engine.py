@@ -84,6 +84,7 @@ class Engine:
             num_kept_prompts: finished prompts whose speculators stay, for when they come again.
         """
         self.runner = runner
+        runner.pack_weights()
         self._sampling = sampling
         self._speculator_config = speculator
         self._stopping = StopChecker(sampling, runner.eos_token_ids, tokenizer)

@@ -45,6 +45,7 @@ class KVCache:
             torch.zeros(len(members), num_blocks, block_size, *shape, **self._options)
             for shape, members in places.items()
         ]
+        self._gathered: dict[tuple[int, ...], torch.Tensor] = {}
         self._map_layers()
 
     @property
@@ -74,15 +75,25 @@ class KVCache:
             pool.flatten(0, 1).index_copy_(0, slots, new[: slots.shape[0]].to(pool.dtype))
 
     def read(self, layer: int, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value [B, K, L, H] of the blocks in `block_table` [B, M], L = M * S."""
-        num_sequences = block_table.shape[0]
+        """Key and value [B, K, L, H] of the blocks in `block_table` [B, M], L = M * S.
+
+        They lie where the next call puts its own: memory that is given back after every layer costs
+        a CPU more time than what is done in it.
+        """
         key, value = (
-            pool.index_select(0, block_table.flatten())
-            .view(num_sequences, -1, *pool.shape[2:])
+            self._gather(side, pool, block_table.flatten())
+            .view(block_table.shape[0], -1, *pool.shape[2:])
             .transpose(1, 2)
-            for pool in self._layers[layer]
+            for side, pool in enumerate(self._layers[layer])
         )
         return key, value
+
+    def _gather(self, side: int, pool: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        place = self._gathered.get((side, *pool.shape[1:]))
+        if place is None or len(place) < len(blocks):
+            place = pool.new_empty(len(blocks) * 5 // 4, *pool.shape[1:])
+            self._gathered[side, *pool.shape[1:]] = place
+        return torch.index_select(pool, 0, blocks, out=place[: len(blocks)])
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks: what their last owner left may be NaN, and masked keys must be finite."""

@@ -16,6 +16,7 @@ from streaminator.engine.batch import Batch
 from streaminator.engine.checkpoint import load_model
 from streaminator.engine.device import resolve_device, resolve_dtype
 from streaminator.engine.kv_cache import KVCache, LayerShape, bytes_per_block
+from streaminator.engine.packed_linear import pack_linear
 from streaminator.engine.reproducible import separate_expert_rows
 from streaminator.errors import ConfigError, ModelError, first_line
 
@@ -38,6 +39,8 @@ class ModelRunner:
         self.model.to(self.device).eval()
         if self.device.type == "cpu":
             separate_expert_rows(self.model)
+        self._packs = config.packed_linear and self.device.type == "cpu"
+        self._is_packed = False
         self.shapes = self._probe()
 
     @property
@@ -76,6 +79,12 @@ class ModelRunner:
             if ids is not None:
                 return set(ids) if isinstance(ids, list | tuple) else {ids}
         return set()
+
+    def pack_weights(self, *, have_changed: bool = False) -> None:
+        """Pack the weights if they are not yet, or anew; the number of threads must stay from now on."""
+        if self._packs and (have_changed or not self._is_packed):
+            pack_linear(self.model)
+            self._is_packed = True
 
     def make_cache(self, config: EngineConfig, max_length: int) -> KVCache:
         """Allocate the blocks: as many as a full stream can use, within the memory there is.

@@ -172,6 +172,12 @@ def test_a_switch_changes_speed_and_no_token(tmp_path, undisturbed, flags):
     assert draw(tmp_path, *flags) == undisturbed
 
 
+def test_layers_that_stay_plain_differ_in_rounding_only(tmp_path, undisturbed):
+    for plain, packed in zip(draw(tmp_path, "--no_packed_linear"), undisturbed, strict=True):
+        assert plain[:5] == packed[:5]
+        assert plain[5] == pytest.approx(packed[5], rel=1e-4)
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_ray_workers_change_no_token(tmp_path, undisturbed, num_workers):
