@@ -58,7 +58,7 @@ def fit_power_law(counts: Mapping[int, int]) -> Fit | None:
     return _fit(
         exponent,
         1 / math.sqrt(num * curvature),
-        lambda x: np.exp(-exponent * np.log(x) - log_zeta),
+        lambda x: -exponent * np.log(x) - log_zeta,
         values,
         weights,
     )
@@ -74,7 +74,7 @@ def fit_geometric(counts: Mapping[int, int]) -> Fit | None:
     return _fit(
         chance,
         chance * math.sqrt((1 - chance) / num),
-        lambda x: np.exp((x - 1) * math.log1p(-chance)) * chance,
+        lambda x: (x - 1) * math.log1p(-chance) + math.log(chance),
         values,
         weights,
     )
@@ -91,17 +91,17 @@ def _arrays(counts: Mapping[int, int]) -> tuple[NDArray[np.float64], NDArray[np.
 def _fit(
     parameter: float,
     standard_error: float,
-    chance: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    log_chance: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     values: NDArray[np.float64],
     weights: NDArray[np.float64],
 ) -> Fit:
-    chances = chance(np.arange(1.0, values[-1] + 1))
+    chances = np.exp(log_chance(np.arange(1.0, values[-1] + 1)))
     observed = np.zeros_like(chances)
     observed[values.astype(int) - 1] = weights
     return Fit(
         parameter,
         standard_error,
-        float(weights @ np.log(chance(values))),
+        float(weights @ log_chance(values)),
         float(np.abs(np.cumsum(chances) - np.cumsum(observed)).max()),
         chances.tolist(),
     )
