@@ -15,13 +15,11 @@ nothing: the memory drafts all but the hopeless, so that the result does not dep
 import argparse
 import io
 import json
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.acceptance_report import COUNTS, draw_figure, summarize, write_table
+from jobs.study_output import describe, open_study, write_study
 from streaminator.cli import main_program, resolve
 from streaminator.cli_args import parse
 from streaminator.config import JobConfig, SamplingParams, SpeculatorConfig
-from streaminator.errors import ConfigError, InputError, OutputError
-from streaminator.run_record import cpu_model
+from streaminator.errors import ConfigError, InputError
 
 # torch and transformers are imported late, so that --help and typos are answered at once.
 if TYPE_CHECKING:
@@ -89,13 +87,10 @@ def main(argv: Sequence[str]) -> int:
         temperatures = [sampling.temperature for sampling in samplings]
         print(json.dumps({**config.flat(), "temperatures": temperatures}, indent=2))
         return 0
-    from streaminator.data.files import join_uri, open_output
     from streaminator.engine.checkpoint import load_tokenizer
     from streaminator.engine.model_runner import ModelRunner
 
-    # A study takes minutes: what cannot be written is refused before it.
-    filesystem, folder = open_output(join_uri(config.run.output, "acceptance_rates"))
-    stem = f"{folder}/{config.run.run_id or Path(config.model.model_name).name}"
+    filesystem, stem = open_study(config, "acceptance_rates")
     tokenizer = load_tokenizer(config.model)
     prompts = _load_prompts(config, tokenizer)
     runner = ModelRunner(config.model)
@@ -132,21 +127,16 @@ def _write(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from streaminator.data.files import reason, write_whole
-
     sink = io.BytesIO()
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     pq.write_table(pa.table(columns), sink, compression="zstd")
-    try:
-        for suffix, data in (
-            ("md", write_table(result).encode()),
-            ("json", (json.dumps(result, indent=1) + "\n").encode()),
-            ("parquet", sink.getvalue()),
-            ("png", draw_figure(result)),
-        ):
-            write_whole(filesystem, f"{stem}.{suffix}", data)
-    except OSError as error:
-        raise OutputError(f"{stem}: cannot be written: {reason(error)}") from error
+    files = {
+        "md": write_table(result).encode(),
+        "json": (json.dumps(result, indent=1) + "\n").encode(),
+        "parquet": sink.getvalue(),
+        "png": draw_figure(result),
+    }
+    write_study(filesystem, stem, files)
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
@@ -313,35 +303,11 @@ def _rows(runs: Iterable[Run]) -> Iterator[dict[str, Any]]:
 def _describe(
     config: JobConfig, runner: "ModelRunner", prompts: Sequence["Prompt"]
 ) -> dict[str, Any]:
-    """What was measured, and on what; no path of this machine."""
-    import torch
-
-    settings = config.flat()
-    for name in ("output", "run_id", "temperature", *_varied()):
-        settings.pop(name)
-    for name in ("model_name", "tokenizer_name", "dataset", "few_shot"):
-        settings[name] = settings[name] and _name(settings[name])
-    gpu = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else None
-    return {
-        "model": settings["model_name"],
-        "dataset": settings["dataset"],
+    return describe(config, without=("temperature", *_varied())) | {
         "num_parameters": sum(p.numel() for p in runner.model.parameters()),
         "num_prompts": len(prompts),
-        "num_completions": config.data.num_completions,
         "max_draft": config.speculator.num_speculative_tokens or _MAX_DRAFT,
-        "device": gpu or cpu_model(),
-        "num_threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "transformers")},
-        },
-        "settings": settings,
     }
-
-
-def _name(value: str) -> str:
-    """A hub name, or the last part of a path."""
-    return Path(value).name if Path(value).exists() else value
 
 
 if __name__ == "__main__":
