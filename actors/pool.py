@@ -34,6 +34,7 @@ from streaminator.pool import (
     WorkerReady,
     WorkerReported,
     WorkResult,
+    say_memory,
 )
 from streaminator.sequence import Prompt
 
@@ -234,6 +235,8 @@ class RayPool:
                 if self._run is not None:
                     self._call(worker, "open", self._run)
             elif stage == "open":
+                if result and not self._was_ready:
+                    say_memory(result)
                 self._was_ready = True
                 self._events.append(WorkerReady(worker))
             else:

@@ -35,9 +35,9 @@ class SamplerWorker:
         return self._session.device_name, os.getpid()
 
     @ray.method
-    def open(self, run: OpenRun) -> None:
-        """Open the run."""
-        self._session.open(
+    def open(self, run: OpenRun) -> str:
+        """Open the run; returns what memory it takes, in words."""
+        return self._session.open(
             run.uri,
             worker_id=f"worker-{self._worker}",
             attempt=run.attempt,

@@ -175,6 +175,10 @@ class EngineConfig:
     )
     block_size: int = _option(16, "tokens per KV block")
     num_blocks: int | None = _option(None, "KV blocks; default: sized by width and free memory")
+    kv_memory: float | None = _option(
+        None,
+        "most memory for keys and values, GiB; default: most of what is free on a GPU, else a third",
+    )
 
     def __post_init__(self) -> None:
         """Raises: ConfigError naming the setting and the allowed range."""
@@ -200,6 +204,11 @@ class EngineConfig:
             self.num_blocks,
             "2 or more",
         )
+        _require(
+            self.kv_memory is None or self.kv_memory > 0, "kv_memory", self.kv_memory, "more than 0"
+        )
+        if self.kv_memory is not None and self.num_blocks is not None:
+            raise ConfigError("--kv_memory with --num_blocks: both size the KV cache; give one")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

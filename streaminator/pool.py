@@ -4,6 +4,7 @@
 Used by: `driver`, `dispatch`, `session`, `sampler_pool`; `actors.pool` is the same over Ray.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -179,6 +180,11 @@ class OneWorker:
         """Nothing to let go of."""
 
 
+def say_memory(memory: str) -> None:
+    """Tell what a worker takes, before it begins."""
+    sys.stderr.write(f"memory of a worker: {memory}\n")
+
+
 class LocalPool(OneWorker):
     """One worker in this process that writes a run."""
 
@@ -197,12 +203,13 @@ class LocalPool(OneWorker):
 
     def open(self, run: OpenRun) -> None:
         """Open the run."""
-        self._session.open(
+        memory = self._session.open(
             run.uri,
             worker_id="worker-0",
             attempt=run.attempt,
             max_prompt_length=run.max_prompt_length,
         )
+        say_memory(memory)
         self._events = [WorkerReady(0)]
 
     def close(self) -> Iterator[WorkResult]:

@@ -77,8 +77,8 @@ class Session:
         """The accelerator's name, or "cpu"."""
         return self._runner.device_name
 
-    def open(self, run_uri: str, *, worker_id: str, attempt: int, max_prompt_length: int) -> None:
-        """Set up the stream and the part files of a run.
+    def open(self, run_uri: str, *, worker_id: str, attempt: int, max_prompt_length: int) -> str:
+        """Set up the stream and the part files of a run; returns what memory it takes, in words.
 
         Args:
             run_uri: the run's folder, an absolute path or a URI.
@@ -125,6 +125,7 @@ class Session:
         if config.run.profile:
             uri = join_uri(run_uri, "profile", f"{writer_id}.json.gz")
             self._trace = StepTrace(uri, self._runner.device)
+        return self.engine.memory
 
     def work(
         self,

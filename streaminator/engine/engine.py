@@ -126,6 +126,11 @@ class Engine:
         """Counts and times of the newest step."""
 
     @property
+    def memory(self) -> str:
+        """What weights and KV cache take, in words."""
+        return self.runner.describe_memory(self._cache)
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._failed or self.scheduler.num_open_prompts)
@@ -404,6 +409,10 @@ class Engine:
             if self._config.num_blocks is not None:
                 return (
                     f"it may need {needed} KV blocks: raise --num_blocks {self._config.num_blocks}"
+                )
+            if self._config.kv_memory is not None:
+                return (
+                    f"it may need {needed} KV blocks: raise --kv_memory {self._config.kv_memory:g}"
                 )
             self._grow(needed)
         return None

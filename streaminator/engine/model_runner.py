@@ -92,6 +92,8 @@ class ModelRunner:
         Args:
             config: width, block size, and the number of blocks if given.
             max_length: most tokens of one sequence that the run expects.
+
+        Raises: ConfigError when they do not fit, or one sequence does not fit into them.
         """
         per_block = bytes_per_block(self.shapes, config.block_size, self.dtype)
         num_blocks = self.num_blocks(config, max_length)
@@ -117,7 +119,15 @@ class ModelRunner:
         per_sequence = -(-max_length // config.block_size) + 1
         # A full stream, and the prompts of as many idle ones.
         wanted = 2 * config.stream_width * per_sequence + 1
-        return max(per_sequence + 1, min(wanted, _free_bytes(self.device) // per_block))
+        if config.kv_memory is None:
+            return max(per_sequence + 1, min(wanted, _free_bytes(self.device) // per_block))
+        room = int(config.kv_memory * 2**30) // per_block
+        if room < per_sequence + 1:
+            raise ConfigError(
+                f"--kv_memory {config.kv_memory:g}: one completion ({max_length} tokens with its prompt) "
+                f"needs {(per_sequence + 1) * per_block / 2**30:.2g} GiB; give as much, or lower --max_length"
+            )
+        return min(wanted, room)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
@@ -135,6 +145,17 @@ class ModelRunner:
         """Wait for the device, so that a clock read next tells the truth."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def describe_memory(self, cache: KVCache) -> str:
+        """What weights and cache take, in words."""
+        weights = sum(tensor.nbytes for tensor in {*self.model.parameters(), *self.model.buffers()})
+        packed = " and as much again, packed" if self._is_packed else ""
+        per_block = bytes_per_block(self.shapes, cache.block_size, self.dtype)
+        return (
+            f"weights {weights / 2**30:.2g} GiB{packed}; keys and values "
+            f"{cache.num_blocks * per_block / 2**30:.2g} GiB, {cache.num_blocks:,} blocks of "
+            f"{cache.block_size} tokens"
+        )
 
     def memory_in_use(self) -> int:
         """Bytes: torch's on a GPU, this process's resident set on a CPU."""

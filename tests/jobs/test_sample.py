@@ -164,6 +164,7 @@ def test_a_second_process_cannot_write_the_same_run(tmp_path, capsys):
         ["--no_kv_cache", "--no_continuous_batching", "--no_spec_decoding"],
         ["--max_batched_tokens", "7"],
         ["--num_blocks", "21"],
+        ["--kv_memory", "0.003"],
         ["--in_flight_per_prompt", "auto", "--stream_width", "40"],
     ],
     ids=" ".join,
@@ -310,6 +311,7 @@ def run_main(capsys, *flags: str) -> tuple[int, str]:
         (["--warm_start", "nowhere"], ["--warm_start nowhere", "no run"]),
         (["--warm_start", "r", "--no_spec_decoding"], ["--warm_start"]),
         (["--stop_when_settled", "1"], ["--stop_when_settled 1.0"]),
+        (["--kv_memory", "1", "--num_blocks", "99"], ["--kv_memory", "--num_blocks"]),
         (["--in_flight_per_prompt", "0"], ["--in_flight_per_prompt 0", "auto"]),
         (
             ["--in_flight_per_prompt", "2", "--stop_when_settled", "0.9"],
@@ -344,6 +346,15 @@ def test_bad_input_gets_one_line_exit_2_and_writes_nothing(
     assert all(word in line for word in words), line
     assert len(line) < 400
     assert sorted(tmp_path.rglob("*")) in (before, sorted([*before, tmp_path / "results"]))
+
+
+def test_memory_that_holds_no_completion_is_refused_and_more_goes_on(tmp_path, undisturbed, capsys):
+    code, line = run_main(capsys, *SMALL, "--output", str(tmp_path), "--kv_memory", "0.0001")
+    assert code == 2
+    assert "--kv_memory 0.0001" in line
+    assert "needs 0." in line
+    assert draw(tmp_path, "--kv_memory", "0.003") == undisturbed
+    assert "keys and values 0.003 GiB" in capsys.readouterr().err
 
 
 def test_a_run_id_of_other_settings_is_refused_with_the_differences(tmp_path, capsys):
