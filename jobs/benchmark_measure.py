@@ -48,14 +48,14 @@ def measure(programs: Sequence[Program], load: Load, draw: Draw, *, repeats: int
             clients.pop(program.name, None)
             sys.stderr.write(f"{program.name} is left out: {error}\n")
 
-        for program in programs:
-            client = Client(program, replace(load, engine=program.name))
-            clients[program.name] = stack.enter_context(client)
         short = _warm_up(draw, load.stream_width)
         for program in programs:
+            # One after another: while it compiles, an engine may need more memory than later.
+            client = Client(program, replace(load, engine=program.name))
+            clients[program.name] = stack.enter_context(client)
             try:
-                measured.versions[program.name] = clients[program.name].wait_until_ready()
-                clients[program.name].draw(short, _LEAST_LIMIT)
+                measured.versions[program.name] = client.wait_until_ready()
+                client.draw(short, _LEAST_LIMIT)
             except EngineFailedError as error:
                 fail(program, error)
         fastest = _FIRST_LIMIT / _PATIENCE

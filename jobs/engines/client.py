@@ -26,7 +26,7 @@ class EngineFailedError(StreaminatorError, RuntimeError):
 
 
 class Client:
-    """An engine in a process of its own. It loads while others do; `wait_until_ready` waits."""
+    """An engine in a process of its own, which loads as soon as it is started."""
 
     def __init__(self, program: Program, load: Load) -> None:
         self.program = program
