@@ -81,13 +81,12 @@ def main(argv: Sequence[str]) -> int:
     num = config.data.num_samples
     data = replace(config.data, num_samples=None if num is None else max(num, *widths, 1))
     prompts = list(load_prompts(data, tokenizer))
-    results = []
+    results, named = [], config.model
     with tempfile.TemporaryDirectory(prefix="streaminator-benchmark-") as folder:
         if other.random_model != "none":
             save_random_llama(Path(folder), tokenizer, other.random_model)
-            named = replace(config.model, model_name=folder, tokenizer_name=None)
-            config = replace(config, model=named)
-        runner = ModelRunner(config.model)
+            named = replace(named, model_name=folder, tokenizer_name=None)
+        runner = ModelRunner(named)
         _check_lengths(prompts, config, runner)
         told = _describe(config, other, runner)
         machine, shape = measure_machine(runner.device, runner.dtype), model_shape(runner)
