@@ -33,8 +33,8 @@ bench: setup
 bench-peers:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r jobs/engines/peers.txt
-	.venv-peers/bin/pip install --quiet --disable-pip-version-check --no-deps -r jobs/engines/peers-no-deps.txt
 	.venv-peers/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check --no-deps -r jobs/engines/peers-no-deps.txt
 
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation
