@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup sample test lint bench wheel clean
+.PHONY: setup sample test lint bench bench-peers wheel clean
 
 setup: .venv/.installed
 
@@ -29,8 +29,15 @@ lint: setup
 bench: setup
 	$(BIN)/python -m jobs.benchmark $(ARGS)
 
+# The engines of others that the benchmark can run beside this one; 4 GB, about 10 minutes.
+bench-peers:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r jobs/engines/peers.txt
+	.venv-peers/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check --no-deps -r jobs/engines/peers-no-deps.txt
+
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf .venv dist
+	rm -rf .venv .venv-peers dist

@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same prompts through this engine, without and with speculation, and through transformers.
+"""The same prompts through this engine and through others, held against one another.
 
     python -m jobs.benchmark --model_name Qwen/Qwen2.5-0.5B-Instruct --num_samples 32
+    python -m jobs.benchmark --engines plain,memory,vllm,vllm-suffix --widths 4,16,64
 
-- plain: this engine without speculation; speculative: with it, as configured.
+- plain: this engine without speculation; speculative: with it, as configured; ngram, memory: with
+  that speculator.
 - transformers: `generate` with its own cache and sdpa attention, on left-padded batches of
-  `--stream_width` rows, all completions of a prompt after one another.
+  `--stream_width` rows, all completions of a prompt after one another; transformers-batch:
+  `generate_batch`.
+- vllm, vllm-ngram, vllm-suffix: vLLM in an environment of its own (`make bench-peers`).
+- a program's .py file: any other that speaks `jobs.engines.protocol`.
 
-All three get token ids and give token ids; loading, tokenization and the engine's construction
-are not timed. Runs are interleaved, and a ratio is the median over repeats of the ratios within
-one. Exit code 1: speculation changed a token.
+Each engine is a process of its own. All get token ids and give token ids; loading, tokenization
+and an engine's construction are not timed. Runs are interleaved, and a ratio is the median over
+repeats of the ratios within one. What an engine drew is held against the model
+(`jobs.benchmark_check`); one that is wrong has no ratio. Ratios in the table are to the fastest
+correct engine of others, or to plain. Exit code 1: one of this engine's modes is wrong, or
+speculation changed a token in float32 or float64 on a CPU.
 
 With `--widths 1,4,16` the comparison is made at each of these stream widths, with at least as many
 prompts as slots. The output ends with a line of JSON for each width.
@@ -19,15 +27,18 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.benchmark_measure import Measured, measure
+from jobs.benchmark_report import overview, summarize, table
+from jobs.engines.protocol import Draw, Load
+from jobs.engines.registry import DEFAULT, OWN, find_programs
 from jobs.json_out import check_json_out, write_json_out
 from jobs.random_model import SIZES, save_random_llama
 from streaminator.cli import main_program, resolve
@@ -38,26 +49,29 @@ from streaminator.run_record import cpu_model
 
 # torch and transformers are imported late, so that --help and typos are answered at once.
 if TYPE_CHECKING:
-    from jobs.benchmark_engines import Run
+    from jobs.benchmark_check import Checker, Verdict
+    from jobs.roofline import Machine, Roofline, Shape
     from streaminator.engine.model_runner import ModelRunner
     from streaminator.sequence import Prompt
-
-_RATIOS = (("speculative", "plain"), ("plain", "transformers"), ("speculative", "transformers"))
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark; returns the exit code."""
     config, other = parse(argv, program="python -m jobs.benchmark", without=["cluster"], extra=_add)
     _check(config, other)
+    names = [n for n in other.engines if not (other.no_transformers and n == "transformers")]
+    programs, missing = find_programs(names)
     if other.random_model != "none":
         # Random weights hardly ever end a text: all lengths are --max_length.
         config = replace(config, sampling=replace(config.sampling, ignore_eos=True))
     config = resolve(config)
     if other.dry_run:
         own = {name: vars(other)[name] for name in ("repeats", "random_model", "json_out")}
-        print(json.dumps({**config.flat(), **own}, indent=2))
+        print(json.dumps({**config.flat(), **own, "engines": names}, indent=2))
         return 0
-    from jobs.benchmark_engines import load_transformers, measure
+    for name, reason in missing.items():
+        sys.stderr.write(f"{name} is left out: {reason}\n")
+    from jobs.roofline import measure_machine, model_shape
     from streaminator.data.prompts import load_prompts
     from streaminator.engine.checkpoint import load_tokenizer
     from streaminator.engine.model_runner import ModelRunner
@@ -67,32 +81,66 @@ def main(argv: Sequence[str]) -> int:
     num = config.data.num_samples
     data = replace(config.data, num_samples=None if num is None else max(num, *widths, 1))
     prompts = list(load_prompts(data, tokenizer))
+    results, named = [], config.model
     with tempfile.TemporaryDirectory(prefix="streaminator-benchmark-") as folder:
-        model_config = config.model
         if other.random_model != "none":
             save_random_llama(Path(folder), tokenizer, other.random_model)
-            model_config = replace(model_config, model_name=folder, tokenizer_name=None)
-        runner = ModelRunner(model_config)
+            named = replace(named, model_name=folder, tokenizer_name=None)
+        runner = ModelRunner(named)
         _check_lengths(prompts, config, runner)
-        model = None if other.no_transformers else load_transformers(config, runner)
-    results = []
-    for width in widths:
-        at_width = replace(config, engine=replace(config.engine, stream_width=width))
-        some = prompts if num is None else prompts[: max(num, width)]
-        runs = measure(at_width, runner, model, some, repeats=other.repeats)
-        results.append(_describe(at_width, other, runner, some) | _summarize(at_width, runs))
-        print(_table(results[-1]), end="\n\n", flush=True)
+        told = _describe(config, other, runner)
+        machine, shape = measure_machine(runner.device, runner.dtype), model_shape(runner)
+        load = _load(config, runner, prompts)
+        del runner  # the engines need the memory
+        checker = _make_checker(config, load)
+        for width in widths:
+            some = prompts if num is None else prompts[: max(num, width)]
+            draw = _draw(config, some)
+            measured = measure(
+                programs, replace(load, stream_width=width), draw, repeats=other.repeats
+            )
+            measured.failed |= missing
+            result = told | _describe_work(config, some, width)
+            result |= _result(config, measured, draw, checker, machine, shape, width)
+            results.append(result)
+            print(table(result), end="\n\n", flush=True)
+    if len(results) > 1:
+        print(overview(results), end="\n\n")
     lines = [json.dumps(result, separators=(",", ":")) for result in results]
     print(*lines, sep="\n", flush=True)
     write_json_out(other.json_out, "\n".join(lines))
-    if any(result["outputs"].get("speculative_differs") for result in results):
-        sys.stderr.write("python -m jobs.benchmark: speculation changed tokens; this is a bug\n")
-        return 1
+    return _exit_code(config, results)
+
+
+def _exit_code(config: JobConfig, results: Sequence[dict[str, Any]]) -> int:
+    is_exact = config.model.device == "cpu" and config.model.dtype in ("float32", "float64")
+    for result in results:
+        own = [name for name in result["engines"] if name in OWN]
+        differing = result["outputs"]["differing"]
+        if is_exact and any(differing[name] for name in own):
+            sys.stderr.write(
+                "python -m jobs.benchmark: speculation changed tokens; this is a bug\n"
+            )
+            return 1
+        wrong = [name for name in own if not result["engines"][name]["check"]["is_correct"]]
+        if wrong:
+            sys.stderr.write(
+                f"python -m jobs.benchmark: {', '.join(wrong)} drew what the model does not say; "
+                "this is a bug\n"
+            )
+            return 1
     return 0
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each engine (default: 3)")
+    parser.add_argument(
+        "--engines",
+        type=lambda text: list(dict.fromkeys(text.split(","))),
+        default=list(DEFAULT),
+        metavar="NAMES",
+        help=f"what to compare, with commas (default: {','.join(DEFAULT)}); see the module's text",
+    )
     parser.add_argument(
         "--random_model",
         choices=("none", *SIZES),
@@ -145,8 +193,80 @@ def _check_lengths(prompts: Sequence["Prompt"], config: JobConfig, runner: "Mode
             raise InputError(f"prompt {prompt.prompt_id}: tokens beyond the model's vocabulary")
 
 
+def _load(config: JobConfig, runner: "ModelRunner", prompts: Sequence["Prompt"]) -> Load:
+    ends = set() if config.sampling.ignore_eos else runner.eos_token_ids
+    return Load(
+        engine="",
+        model=runner.model.name_or_path,
+        dtype=config.model.dtype,
+        device=str(runner.device),
+        num_threads=_num_threads(),
+        stream_width=config.engine.stream_width,
+        max_prompt_length=max(len(prompt.token_ids) for prompt in prompts),
+        end_token_ids=tuple(sorted(ends | set(config.sampling.stop_token_ids))),
+        settings=config.flat(),
+    )
+
+
+def _num_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _draw(config: JobConfig, prompts: Sequence["Prompt"]) -> Draw:
+    return Draw(
+        prompt_ids=tuple(prompt.prompt_id for prompt in prompts),
+        prompts=tuple(prompt.token_ids for prompt in prompts),
+        num_completions=config.data.num_completions,
+        max_length=config.sampling.max_length,
+        seed=config.sampling.seed,
+    )
+
+
+def _make_checker(config: JobConfig, load: Load) -> "Checker":
+    """With the weights as the engines have them, computed in float32 at least."""
+    import torch
+
+    from jobs.benchmark_check import Checker
+    from streaminator.engine.checkpoint import load_model
+
+    dtype = getattr(torch, config.model.dtype)
+    named = replace(config.model, model_name=load.model)
+    model: Any = load_model(named, dtype, "sdpa").to(max(dtype, torch.float32, key=_width))
+    model.to(load.device).eval()
+    return Checker(model, config.sampling, load.end_token_ids, config.model.dtype)
+
+
+def _width(dtype: Any) -> int:
+    return dtype.itemsize
+
+
+def _result(
+    config: JobConfig,
+    measured: Measured,
+    draw: Draw,
+    checker: "Checker",
+    machine: "Machine",
+    shape: "Shape | None",
+    width: int,
+) -> dict[str, Any]:
+    from jobs.roofline import roofline
+
+    verdicts: dict[str, Verdict] = {}
+    rooflines: dict[str, Roofline | None] = {}
+    for name, runs in measured.runs.items():
+        verdicts[name] = checker.check(draw, runs)
+        middle = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+        rooflines[name] = roofline(middle, shape, machine) if shape else None
+    is_greedy = config.sampling.temperature == 0
+    return summarize(
+        measured, verdicts, rooflines, machine, stream_width=width, is_greedy=is_greedy
+    )
+
+
 def _describe(
-    config: JobConfig, other: argparse.Namespace, runner: "ModelRunner", prompts: Sequence["Prompt"]
+    config: JobConfig, other: argparse.Namespace, runner: "ModelRunner"
 ) -> dict[str, Any]:
     """What was measured, and on what."""
     import torch
@@ -156,116 +276,29 @@ def _describe(
     return {
         "model": f"random-llama-{other.random_model}" if is_random else config.model.model_name,
         "model_type": runner.model.config.model_type,
-        "num_parameters": sum(p.numel() for p in runner.model.parameters()),
+        "num_parameters": runner.num_parameters,
         "dtype": config.model.dtype,
         "device": str(runner.device),
         "cpu": cpu_model(),
         "gpu": gpu,
-        "num_threads": torch.get_num_threads(),
+        "num_threads": _num_threads(),
         "mkl_cbwr": os.environ.get("MKL_CBWR"),
         "versions": {
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("torch", "transformers")},
         },
-        "stream_width": config.engine.stream_width,
-        "num_prompts": len(prompts),
-        "num_completions": config.data.num_completions,
-        "mean_prompt_length": sum(len(p.token_ids) for p in prompts) / len(prompts),
         "repeats": other.repeats,
         "settings": config.flat() | {"random_model": other.random_model},
     }
 
 
-def _summarize(config: JobConfig, runs: dict[str, list["Run"]]) -> dict[str, Any]:
-    """Speeds, ratios and the comparison of the outputs."""
-    ratios = {}
-    for above, below in _RATIOS:
-        if not {above, below} <= set(runs):
-            continue
-        pairs = zip(runs[above], runs[below], strict=True)
-        values = [a.speed / b.speed for a, b in pairs]
-        ratios[f"{above}/{below}"] = {"median": statistics.median(values), "values": values}
-    reference = runs["plain"][0].outputs
-    differing = {
-        name: max(sum(run.outputs.get(key) != reference[key] for key in reference) for run in own)
-        for name, own in runs.items()
-    }
-    is_greedy = config.sampling.temperature == 0
+def _describe_work(config: JobConfig, prompts: Sequence["Prompt"], width: int) -> dict[str, Any]:
     return {
-        "engines": {
-            name: _summarize_engine(own, config.engine.stream_width) for name, own in runs.items()
-        },
-        "ratios": ratios,
-        "outputs": {
-            "num_completions": len(reference),
-            "speculative_differs": max(differing["plain"], differing["speculative"]),
-            "transformers_differs": differing.get("transformers") if is_greedy else None,
-        },
+        "stream_width": width,
+        "num_prompts": len(prompts),
+        "num_completions": config.data.num_completions,
+        "mean_prompt_length": sum(len(p.token_ids) for p in prompts) / len(prompts),
     }
-
-
-def _summarize_engine(runs: list["Run"], stream_width: int) -> dict[str, Any]:
-    def total(count: Callable[["Run"], float]) -> float:
-        return sum(map(count, runs))
-
-    seconds = total(lambda run: run.seconds)
-    num_tokens = total(lambda run: run.num_tokens)
-    num_steps = total(lambda run: run.num_steps)
-    num_rows = total(lambda run: run.num_rows)
-    num_busy = total(lambda run: run.num_busy_slots)
-    num_drafted = total(lambda run: run.num_drafted)
-    phases = {name: total(lambda run, n=name: run.phases[n]) / seconds for name in runs[0].phases}
-    return {
-        "tokens_per_second": statistics.median(run.speed for run in runs),
-        "runs": [
-            {"tokens_per_second": r.speed, "seconds": r.seconds, "num_tokens": r.num_tokens}
-            for r in runs
-        ],
-        "tokens_per_step": num_tokens / num_steps,
-        "acceptance_rate": total(lambda r: r.num_accepted) / num_drafted if num_drafted else None,
-        "occupancy": num_busy / (num_steps * stream_width),
-        "padded_waste": 1 - num_busy / num_rows,
-        # Only this engine counts its phases.
-        "phases": phases | {"other": 1 - sum(phases.values())} if any(phases.values()) else None,
-    }
-
-
-def _table(result: dict[str, Any]) -> str:
-    lines = [
-        f"{result['model']}: {result['num_parameters'] / 1e6:.1f}M parameters, {result['dtype']}, "
-        f"{result['gpu'] or result['cpu']}, {result['num_threads']} threads",
-        f"{result['num_prompts']} prompts of {result['mean_prompt_length']:.0f} tokens x "
-        f"{result['num_completions']} completions, stream width {result['stream_width']}, "
-        f"max length {result['settings']['max_length']}, "
-        f"temperature {result['settings']['temperature']}, {result['repeats']} repeats",
-        "",
-        f"{'':14}{'tokens/s':>10}{'tokens/step':>13}{'accepted':>10}{'occupancy':>11}"
-        f"{'padded waste':>14}",
-    ]
-    for name, engine in result["engines"].items():
-        lines.append(
-            f"{name:14}{engine['tokens_per_second']:10.1f}{engine['tokens_per_step']:13.2f}"
-            f"{_percent(engine['acceptance_rate']):>10}{_percent(engine['occupancy']):>11}"
-            f"{_percent(engine['padded_waste']):>14}"
-        )
-    lines += ["", "Ratios of tokens per second, median over repeats (least to most)"]
-    for name, ratio in result["ratios"].items():
-        values = ratio["values"]
-        lines.append(f"{name:28}{ratio['median']:7.2f}  ({min(values):.2f} to {max(values):.2f})")
-    phases = {name: e["phases"] for name, e in result["engines"].items() if e["phases"]}
-    lines += ["", f"{'Share of time':14}" + "".join(f"{n:>10}" for n in phases["plain"])]
-    for name, shares in phases.items():
-        lines.append(f"{name:14}" + "".join(f"{_percent(share):>10}" for share in shares.values()))
-    outputs = result["outputs"]
-    lines += ["", f"Completions: {outputs['num_completions']}, of which differ from plain's"]
-    lines.append(f"speculative   {outputs['speculative_differs']}")
-    if outputs["transformers_differs"] is not None:
-        lines.append(f"transformers  {outputs['transformers_differs']} (greedy; ties may round)")
-    return "\n".join(lines)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from jobs import random_model
 from jobs.benchmark import main
-from jobs.benchmark_engines import ENGINES, PHASES, Run, _cut
+from jobs.benchmark_measure import Measured
+from jobs.engines.own import PHASES
+from jobs.engines.protocol import Run, cut
+from jobs.engines.registry import DEFAULT
 from streaminator.cli import main_program
 from tests.fakes import CONTEXT, save_model
 from tests.programs import assert_refused
@@ -89,9 +92,10 @@ def test_the_last_line_is_the_whole_result(tmp_path: Path) -> None:
     assert result["settings"]["max_length"] == 24
     assert result["outputs"] == {
         "num_completions": 15,
-        "speculative_differs": 0,
-        "transformers_differs": None,
+        "compared_with": "plain",
+        "differing": {"plain": 0, "speculative": 0},
     }
+    assert (result["reference"], result["failed"]) == ("transformers", {})
     assert list(result["ratios"]) == [
         "speculative/plain",
         "plain/transformers",
@@ -100,20 +104,24 @@ def test_the_last_line_is_the_whole_result(tmp_path: Path) -> None:
     for ratio in result["ratios"].values():
         assert len(ratio["values"]) == 2
         assert min(ratio["values"]) > 0
-    assert list(result["engines"]) == list(ENGINES)
+    assert list(result["engines"]) == list(DEFAULT)
     for name, engine in result["engines"].items():
         assert engine["tokens_per_second"] > 0
         assert engine["tokens_per_step"] > 0
         assert 0 < engine["occupancy"] <= 1
         assert 0 <= engine["padded_waste"] < 1
         assert len(engine["runs"]) == 2
+        assert engine["check"]["is_correct"], engine["check"]
+        assert set(engine["versions"]) >= {"torch", "transformers"}
         assert (engine["acceptance_rate"] is not None) == (name == "speculative")
         if name == "transformers":
-            assert engine["phases"] is None
+            assert engine["phases"] is engine["roofline"] is None
         else:
             assert list(engine["phases"]) == [*PHASES, "other"]
             assert sum(engine["phases"].values()) == pytest.approx(1)
             assert min(engine["phases"].values()) >= 0
+            assert engine["roofline"]["bytes_per_step"] > 0
+            assert engine["roofline"]["share"] > 0
 
 
 def test_greedy_completions_are_those_of_generate(
@@ -123,11 +131,9 @@ def test_greedy_completions_are_those_of_generate(
     flags += ["--temperature", "0", "--dtype", "float64", "--max_length", "40", "--repeats", "1"]
     code, result = run(monkeypatch, capsys, *flags)
     assert code == 0
-    assert result["outputs"] == {
-        "num_completions": 10,
-        "speculative_differs": 0,
-        "transformers_differs": 0,
-    }
+    assert result["outputs"]["num_completions"] == 10
+    assert result["outputs"]["differing"] == dict.fromkeys(DEFAULT, 0)
+    assert [e["check"]["num_ties"] for e in result["engines"].values()] == [0, 0, 0]
     num_tokens = {engine["runs"][0]["num_tokens"] for engine in result["engines"].values()}
     assert len(num_tokens) == 1
     assert result["engines"]["speculative"]["acceptance_rate"] > 0
@@ -171,38 +177,33 @@ def test_a_random_model_is_saved_with_its_tokenizer(
 def test_a_changed_token_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def measure(config, runner, model, prompts, *, repeats):
+    def measure(programs, load, draw, *, repeats):
         tokens = {"plain": [1, 2], "speculative": [1, 3], "transformers": [1, 2]}
-        return {
-            name: [
-                Run(
-                    outputs={("p", 0): ids},
-                    seconds=1,
-                    num_steps=2,
-                    num_busy_slots=2,
-                    num_rows=2,
-                    phases=dict.fromkeys(PHASES, 0.1),
-                )
-            ]
+        runs = {
+            name: [Run(completions=[[ids] * draw.num_completions for _ in draw.prompts], seconds=1)]
             for name, ids in tokens.items()
         }
+        return Measured(runs=runs)
 
-    monkeypatch.setattr("jobs.benchmark_engines.measure", measure)
-    code, result = run(monkeypatch, capsys, *make_inputs(tmp_path), "--repeats", "1")
+    monkeypatch.setattr("jobs.benchmark.measure", measure)
+    flags = ["--repeats", "1", "--num_completions", "2", "--max_length", "2"]
+    code, result = run(monkeypatch, capsys, *make_inputs(tmp_path), *flags)
     assert code == 1
-    assert result["outputs"]["speculative_differs"] == 1
+    assert result["outputs"]["differing"] == {"plain": 0, "speculative": 10}
 
 
 def test_tokens_behind_the_end_are_not_counted() -> None:
-    assert _cut([4, 0, 0, 5], {0}) == [4, 0]
-    assert _cut([4, 5], {0}) == [4, 5]
-    assert _cut([4, 5], set()) == [4, 5]
+    assert cut([4, 0, 0, 5], {0}) == [4, 0]
+    assert cut([4, 5], {0}) == [4, 5]
+    assert cut([4, 5], set()) == [4, 5]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--repeats", "0"], "--repeats 0: must be 1 or more"),
+        (["--engines", "plain,vlm"], "--engines vlm: must be of plain, speculative, ngram"),
+        (["--engines", "no/such.py"], "--engines no/such.py: no such file"),
         (["--repeats", "x"], "--repeats: invalid int value: 'x'"),
         (["--repeat", "2"], "unknown flag --repeat: did you mean --repeats?"),
         (["--random-modle", "100m"], "unknown flag --random_modle: did you mean --random_model?"),
