@@ -4,6 +4,7 @@
 The nodes listen on 127.0.0.1 and 127.0.0.2 and want a token, which their environment has.
 """
 
+import itertools
 import json
 import os
 import secrets
@@ -101,8 +102,12 @@ def _keep(folder: str) -> None:
         dashboard_port=_free_port(),
     )
 
+    numbers = itertools.count()
+
     def add() -> Any:
-        return cluster.add_node(**common, node_ip_address="127.0.0.2")
+        # Its own folder for submitted code: in a shared one a node replaces what the others run.
+        folder = f"code-{next(numbers)}"
+        return cluster.add_node(**common, node_ip_address="127.0.0.2", runtime_env_dir_name=folder)
 
     other = add()
     where = {"address": cluster.address, "dashboard": f"http://{cluster.webui_url}"}

@@ -139,6 +139,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(cluster, tmp_path, undi
     assert (1,) in rows(tmp_path, "num_retries")
 
 
+@pytest.mark.cluster
 def test_a_frozen_worker_that_wakes_up_again_adds_nothing(cluster, tmp_path, undisturbed):
     """It wakes up when its prompts are given to others, ends its slice and writes its part."""
     pools = []
@@ -154,6 +155,7 @@ def test_a_frozen_worker_that_wakes_up_again_adds_nothing(cluster, tmp_path, und
     assert summary.events["worker hung"] >= 1
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_chaos_loses_nothing_doubles_nothing_and_changes_nothing(
     cluster, tmp_path, undisturbed, seed
@@ -175,6 +177,7 @@ def test_chaos_loses_nothing_doubles_nothing_and_changes_nothing(
     check(tmp_path, undisturbed)
 
 
+@pytest.mark.cluster
 def test_the_end_waits_for_no_worker_that_still_opens_the_run(cluster, tmp_path, undisturbed):
     class SlowToOpen(SamplerWorker):
         def open(self, run):
@@ -191,6 +194,7 @@ def test_the_end_waits_for_no_worker_that_still_opens_the_run(cluster, tmp_path,
     assert not (tmp_path / "opened").exists()
 
 
+@pytest.mark.cluster
 def test_workers_that_find_no_room_are_not_waited_for(cluster, tmp_path, undisturbed):
     def make_pool(config: JobConfig) -> RayPool:
         cores = ray.cluster_resources()["CPU"]

@@ -149,36 +149,36 @@ def test_chaos_of_workers_nodes_and_drivers_loses_doubles_and_changes_nothing(
     check(tmp_path, undisturbed)
 
 
-def ray_job(nodes: RayNodes, *words: str) -> subprocess.CompletedProcess:
+def ray_job(nodes: RayNodes, log: Path, *words: str) -> subprocess.Popen:
     """`ray job ...` as a person types it."""
     program = Path(sys.executable).parent / "ray"
-    return subprocess.run(
-        [program, "job", words[0], "--address", nodes.dashboard, *words[1:]],
-        cwd=ROOT, env=nodes.environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [program, "job", words[0], "--address", nodes.dashboard, *words[1:]],
+            cwd=ROOT, env=nodes.environment, stdout=file, stderr=file,
+        )  # fmt: skip
 
 
-def submit(nodes: RayNodes, output: Path, *flags: str) -> subprocess.CompletedProcess:
+def submit(nodes: RayNodes, output: Path, *flags: str) -> subprocess.Popen:
     env = ["--runtime-env", "cluster/runtime_env.yaml", "--working-dir", "."]
     command = ["python", "-m", "jobs.sample", *FLAGS, "--num_workers", "2", "--output", str(output)]
-    return ray_job(nodes, "submit", *flags, *env, "--", *command)
+    return ray_job(nodes, output / "submit.log", "submit", *flags, *env, "--", *command)
 
 
 def test_a_submitted_job_that_is_stopped_ends_in_order_and_is_finished_by_the_next(
     nodes, tmp_path, undisturbed
 ):
-    submitted = submit(nodes, tmp_path, "--submission-id", "first", "--no-wait")
-    assert submitted.returncode == 0, submitted.stderr
-    deadline = time.monotonic() + 400
+    log = tmp_path / "submit.log"
+    first = submit(nodes, tmp_path, "--submission-id", "first")
     while not num_parts(tmp_path):
-        assert time.monotonic() < deadline, ray_job(nodes, "logs", "first").stdout
+        assert first.poll() is None, log.read_text()
         time.sleep(0.05)
-    stopped = ray_job(nodes, "stop", "first")
-    assert "was stopped" in stopped.stdout + stopped.stderr
-    assert "terminated; the same command resumes" in ray_job(nodes, "logs", "first").stdout
+    assert ray_job(nodes, tmp_path / "stop.log", "stop", "first").wait(timeout=100) == 0
+    assert "was stopped" in (tmp_path / "stop.log").read_text()
+    first.wait(timeout=100)
+    assert "terminated; the same command resumes" in log.read_text()
     num_before = len(rows(tmp_path))
     assert 0 < num_before < len(undisturbed)
-    again = submit(nodes, tmp_path)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert f"{num_before} of them there already" in again.stdout
+    assert submit(nodes, tmp_path).wait(timeout=400) == 0, log.read_text()
+    assert f"{num_before} of them there already" in log.read_text()
     check(tmp_path, undisturbed)

@@ -172,7 +172,7 @@ def test_a_switch_changes_speed_and_no_token(tmp_path, undisturbed, flags):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.cluster), 2])
 def test_ray_workers_change_no_token(tmp_path, undisturbed, num_workers):
     flags = [*SMALL[:-1], str(num_workers), "--output", str(tmp_path)]
     result = subprocess.run(
