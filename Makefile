@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup sample test lint bench bench-peers wheel clean
+.PHONY: setup sample test test-ray lint bench bench-peers wheel clean
 
 setup: .venv/.installed
 
@@ -19,6 +19,10 @@ sample: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+# Ray workers, nodes, drivers and submitted jobs that are killed; CHAOS_ROUNDS=20 for more of it.
+test-ray: setup
+	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

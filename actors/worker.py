@@ -7,6 +7,7 @@ Used by: `actors.pool`; `actors.resident_worker` is its like for a `SamplerPool`
 """
 
 import os
+import socket
 from collections.abc import Sequence
 
 import ray
@@ -37,11 +38,13 @@ class SamplerWorker:
     @ray.method
     def open(self, run: OpenRun) -> str:
         """Open the run; returns what memory it takes, in words."""
+        node_id = ray.get_runtime_context().get_node_id()
         return self._session.open(
             run.uri,
             worker_id=f"worker-{self._worker}",
             attempt=run.attempt,
             max_prompt_length=run.max_prompt_length,
+            node=f"{socket.gethostname()}/{node_id[:8]}",
         )
 
     @ray.method

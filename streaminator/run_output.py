@@ -26,6 +26,7 @@ from streaminator.data.files import (
     remove_folder,
 )
 from streaminator.data.parquet import EVENTS, PartWriter, completion_row, completions_schema
+from streaminator.errors import OutputError
 from streaminator.grading import make_grader
 from streaminator.pool import Part
 from streaminator.run_record import Run
@@ -45,7 +46,7 @@ class RunOutput:
         self._say = say
         self._grade = make_grader(config.data)
         clean_temp_files(run.uri)
-        remove_folder(run.filesystem, f"{run.path}/{STAGING}")
+        self._clear_staging()
         run.filesystem.create_dir(f"{run.path}/completions", recursive=True)
         self._writer_id = f"driver-{run.attempt}-{uuid.uuid4().hex[:8]}"
         self._is_broken = False
@@ -113,7 +114,15 @@ class RunOutput:
         for writer in (self._events, self._failed):
             if writer is not None:
                 writer.close()
-        remove_folder(self._run.filesystem, f"{self._run.path}/{STAGING}")
+        self._clear_staging()
+
+    def _clear_staging(self) -> None:
+        """Remove what nobody will publish."""
+        try:
+            remove_folder(self._run.filesystem, f"{self._run.path}/{STAGING}")
+        except OutputError as error:
+            # A worker that was given up may write there still. No reader looks; the next attempt clears it.
+            self._say(f"left behind: {error}")
 
     def _writer(self, table: str, schema: pa.Schema) -> PartWriter:
         return PartWriter(

@@ -77,7 +77,15 @@ class Session:
         """The accelerator's name, or "cpu"."""
         return self._runner.device_name
 
-    def open(self, run_uri: str, *, worker_id: str, attempt: int, max_prompt_length: int) -> str:
+    def open(
+        self,
+        run_uri: str,
+        *,
+        worker_id: str,
+        attempt: int,
+        max_prompt_length: int,
+        node: str | None = None,
+    ) -> str:
         """Set up the stream and the part files of a run; returns what memory it takes, in words.
 
         Args:
@@ -85,6 +93,7 @@ class Session:
             worker_id: this worker's name in the output.
             attempt: the run's attempt, from 1.
             max_prompt_length: tokens of the longest prompt to come.
+            node: the machine's name in the output; default: its host name.
 
         Raises: ConfigError when the KV cache does not fit; OutputError.
         """
@@ -99,6 +108,7 @@ class Session:
         )
         self._worker_id = worker_id
         self._attempt = attempt
+        self._node = node or socket.gethostname()
         self._num_steps = 0
         self._num_left, self._answers, self._parts, self._events = {}, {}, [], []
         writer_id = f"{worker_id}-{attempt}-{uuid.uuid4().hex[:8]}"
@@ -279,7 +289,7 @@ class Session:
                 completion,
                 grade=grade,
                 worker_id=self._worker_id,
-                node=socket.gethostname(),
+                node=self._node,
                 attempt=self._attempt,
                 logprobs=self._config.run.logprobs,
             )

@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Ray listens on loopback then, not on the machine's outer address.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+# Its workers would stand behind everything else on this machine, for minutes where that is busy.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so spelled by Ray
 
 import pytest
 import torch

@@ -243,8 +243,10 @@ def clean_temp_files(run: str) -> int:
         for folder in (path, f"{path}/completions", f"{path}/steps"):
             for file in filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True)):
                 if file.base_name.startswith(".") and file.base_name.endswith(".tmp"):
-                    filesystem.delete_file(file.path)
-                    num_removed += 1
+                    # A worker of a killed driver may be ending just now.
+                    with suppress(FileNotFoundError):
+                        filesystem.delete_file(file.path)
+                        num_removed += 1
     except OSError as error:
         raise OutputError(f"{path}: cannot be cleaned: {reason(error)}") from error
     return num_removed

@@ -94,7 +94,7 @@ COMPLETIONS = _schema(
     ("is_correct", pa.bool_(), "whether they agree; null: not graded"),
     ("grader_error", pa.string(), "why the user's grader could not grade it"),
     ("worker_id", pa.string(), "worker that drew it"),
-    ("node", pa.string(), "machine of the worker"),
+    ("node", pa.string(), "machine of the worker; on Ray with the first 8 digits of its node's id"),
     ("attempt", pa.int32(), "attempt of the run (run.json) that drew it, from 1"),
     ("num_retries", pa.int32(), "workers lost in this attempt while they held the prompt"),
     ("started_at", _TIMESTAMP, "when it got a slot"),

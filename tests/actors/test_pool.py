@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import ray
 
 from actors.pool import RayPool
+from actors.worker import SamplerWorker
 from cluster.connect import connect
 from cluster.resources import describe_waiting, plan_workers
 from streaminator import driver
@@ -137,6 +139,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(cluster, tmp_path, undi
     assert (1,) in rows(tmp_path, "num_retries")
 
 
+@pytest.mark.cluster
 def test_a_frozen_worker_that_wakes_up_again_adds_nothing(cluster, tmp_path, undisturbed):
     """It wakes up when its prompts are given to others, ends its slice and writes its part."""
     pools = []
@@ -152,6 +155,7 @@ def test_a_frozen_worker_that_wakes_up_again_adds_nothing(cluster, tmp_path, und
     assert summary.events["worker hung"] >= 1
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_chaos_loses_nothing_doubles_nothing_and_changes_nothing(
     cluster, tmp_path, undisturbed, seed
@@ -164,13 +168,33 @@ def test_chaos_loses_nothing_doubles_nothing_and_changes_nothing(
     def disturb(pool):
         since.append(time.monotonic())
         if moments and pool.pids and since[-1] - since[0] > moments[0]:
-            moments.pop(0)
-            os.kill(dice.choice(sorted(pool.pids.values())), signal.SIGKILL)
+            # The one killed before may be gone already, and the pool not know it yet.
+            with suppress(ProcessLookupError):
+                os.kill(dice.choice(sorted(pool.pids.values())), signal.SIGKILL)
+                moments.pop(0)
 
     draw(at(tmp_path), disturb)
     check(tmp_path, undisturbed)
 
 
+@pytest.mark.cluster
+def test_the_end_waits_for_no_worker_that_still_opens_the_run(cluster, tmp_path, undisturbed):
+    class SlowToOpen(SamplerWorker):
+        def open(self, run):
+            if self._worker == 1:
+                time.sleep(15)
+                (tmp_path / "opened").touch()
+            super().open(run)
+
+    def make_pool(config: JobConfig) -> RayPool:
+        return RayPool(config, num_workers=2, num_cpus=0.5, num_gpus=0, worker_class=SlowToOpen)
+
+    config = at(tmp_path)
+    driver.sample(replace(config, data=replace(config.data, num_samples=2)), make_pool)
+    assert not (tmp_path / "opened").exists()
+
+
+@pytest.mark.cluster
 def test_workers_that_find_no_room_are_not_waited_for(cluster, tmp_path, undisturbed):
     def make_pool(config: JobConfig) -> RayPool:
         cores = ray.cluster_resources()["CPU"]

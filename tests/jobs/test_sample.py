@@ -180,7 +180,7 @@ def test_layers_that_stay_plain_differ_in_rounding_only(tmp_path, undisturbed):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.cluster), 2])
 def test_ray_workers_change_no_token(tmp_path, undisturbed, num_workers):
     flags = [*SMALL[:-1], str(num_workers), "--output", str(tmp_path)]
     result = subprocess.run(

@@ -48,6 +48,22 @@ def test_what_an_earlier_attempt_did_not_publish_is_cleared_away(run, tmp_path):
     assert not list((tmp_path / "r" / "completions").iterdir())
 
 
+def test_a_folder_that_a_lost_worker_still_writes_to_does_not_fail_the_run(
+    run, tmp_path, monkeypatch
+):
+    def refuse(filesystem, path):
+        raise OutputError(f"{path}: cannot be removed: Directory not empty")
+
+    said: list[str] = []
+    monkeypatch.setattr(module, "remove_folder", refuse)
+    output = RunOutput(JobConfig(), run, said.append)
+    stage(tmp_path)
+    output.publish(PART)
+    output.close()
+    assert len(list((tmp_path / "r" / "completions").iterdir())) == 1
+    assert all(line.startswith("left behind: ") for line in said)
+
+
 def fail_to_publish(monkeypatch, *, times: int, patience: float) -> None:
     real, left = module.publish, [times]
 
