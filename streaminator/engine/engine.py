@@ -5,7 +5,7 @@ Each step: schedule -> draft -> pack -> forward -> sample -> verify -> commit ->
 
     word      file
     schedule  engine/scheduler.py (and block_manager.py)
-    draft     speculative/memory_store.py -> memory.py; or store.py -> ngram.py
+    draft     engine/speculation.py -> speculative/memory_store.py -> memory.py; store.py -> ngram.py
     pack      engine/batch.py
     forward   engine/model_runner.py -> the Hugging Face model -> engine/attention.py, kv_cache.py
     sample    engine/sampler.py
@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from streaminator.config import EngineConfig, SamplingParams, SpeculatorConfig
 from streaminator.engine.batch import Batch, pack
@@ -36,20 +35,18 @@ from streaminator.engine.block_manager import BlockManager
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.sampler import INVALID_TOKEN, noise_key, sample
 from streaminator.engine.scheduler import Scheduler
+from streaminator.engine.speculation import Speculation
 from streaminator.engine.step_costs import measure_step_costs
 from streaminator.engine.stopping import StopChecker
 from streaminator.sequence import (
     Completion,
-    Distributions,
     FinishReason,
     Prompt,
     Sequence,
     StepStats,
-    StepTop,
 )
 from streaminator.speculative.draft_budget import DraftBudget, StepCosts
-from streaminator.speculative.speculator import MAX_REJECTED, Gain, Store
-from streaminator.speculative.store import SpeculatorStore
+from streaminator.speculative.speculator import Store
 from streaminator.speculative.verify import Verdict, calibration, verify
 
 if TYPE_CHECKING:
@@ -86,21 +83,15 @@ class Engine:
         self.runner = runner
         runner.pack_weights()
         self._sampling = sampling
-        self._speculator_config = speculator
         self._stopping = StopChecker(sampling, runner.eos_token_ids, tokenizer)
         self._config = engine
         self._max_length = self._total_length(max_prompt_length)
         cache = runner.make_cache(engine, self._max_length)
-        self.store = _make_store(
-            speculator,
-            is_greedy=sampling.temperature == 0,
-            num_kept_prompts=num_kept_prompts,
+        self._speculation = Speculation(
+            speculator, is_greedy=sampling.temperature == 0, num_kept_prompts=num_kept_prompts
         )
-        learned = self.store.num_top if speculator.spec_decoding else 0
-        self._num_top = speculator.num_top_tokens if speculator.store_distributions else learned
-        self._budget: DraftBudget | None = None
-        if speculator.spec_decoding and speculator.speculator == "memory":
-            self._budget = DraftBudget(
+        if self._speculation.has_budget:
+            self._speculation.budget = DraftBudget(
                 step_costs
                 or measure_step_costs(
                     runner,
@@ -108,7 +99,7 @@ class Engine:
                     sampling,
                     stream_width=engine.stream_width,
                     max_draft=speculator.max_draft,
-                    num_top=self._num_top,
+                    num_top=self._speculation.num_top,
                 )
             )
         self.scheduler = Scheduler(
@@ -129,6 +120,11 @@ class Engine:
     def memory(self) -> str:
         """What weights and KV cache take, in words."""
         return self.runner.describe_memory(self._cache)
+
+    @property
+    def store(self) -> Store:
+        """The speculators of the open prompts."""
+        return self._speculation.store
 
     @property
     def has_work(self) -> bool:
@@ -166,7 +162,7 @@ class Engine:
         clock.lap("schedule")
         if not sequences:
             return self._take_failed()
-        drafting, survival = self._draft(sequences)
+        drafting, survival = self._speculation.draft(sequences, self.scheduler.reserve_draft)
         clock.lap("draft")
         new_blocks = self.scheduler.block_manager.take_handed_out()
         if new_blocks:
@@ -187,19 +183,19 @@ class Engine:
             reason, error = self._commit(verdict)
             new = verdict.sequence.token_ids[before:]
             if new:
-                gains.append(self._gain(verdict, new, top_ids, top_probs, has_ended=bool(reason)))
+                gains.append(
+                    self._speculation.gain(verdict, new, top_ids, top_probs, has_ended=bool(reason))
+                )
             if reason is not None:
                 ended.append((verdict.sequence, reason, error))
-        if self._speculator_config.spec_decoding:
-            self.store.commit_all(gains)
+        self._speculation.learn(gains)
         finished = [*self._take_failed(), *(self._retire(*end) for end in ended)]
         clock.lap("commit")
         num_new = sum(len(gain.token_ids) for gain in gains)
         decoded = [verdict.sequence for verdict in verdicts if verdict.drawn]
-        if self._budget:
-            self._budget.observe(
-                batch.num_tokens, batch.num_tokens - len(tokens), num_new, clock.total
-            )
+        self._speculation.observe_step(
+            batch.num_tokens, batch.num_tokens - len(tokens), num_new, clock.total
+        )
         self.last_step = StepStats(
             time=time.time(),
             num_running=running,
@@ -258,44 +254,15 @@ class Engine:
             min(limit, self.runner.max_model_len or limit),
             time.time(),
         )
-        if self._speculator_config.spec_decoding:
-            self.store.start(sequence)
+        self._speculation.start(sequence)
         return sequence
-
-    def _draft(
-        self, sequences: list[Sequence]
-    ) -> tuple[list[Sequence], NDArray[np.float32] | None]:
-        """Give each sequence its draft; returns whom, and the store's chances of acceptance."""
-        for sequence in sequences:
-            sequence.draft, sequence.alternatives = [], {}
-        if not self._speculator_config.spec_decoding:
-            return [], None
-        drafting = [s for s in sequences if s.is_sampled and s.may_draft]
-        # The step adds one token more than it accepts.
-        rooms = [s.max_num_tokens - len(s.token_ids) - 1 for s in drafting]
-        caps = [min(self._speculator_config.max_draft, room) for room in rooms]
-        floor = self._budget.floor if self._budget else 0.0
-        chains, seconds, survival = self.store.draft_all(drafting, caps, floor)
-        alternatives: list[dict[int, int]] = [{} for _ in drafting]
-        if self._budget and seconds is not None and survival is not None:
-            num_tokens = sum(s.num_scheduled_tokens for s in sequences)
-            pays = self._budget.cut(survival, num_tokens, len(drafting))
-            chains = [c[:num] for c, num in zip(chains, pays[:, 0].sum(1).tolist(), strict=True)]
-            for row, place in np.argwhere(pays[:, 1]).tolist():
-                alternatives[row][place] = int(seconds[row, place])
-        for sequence, chain, beside in zip(drafting, chains, alternatives, strict=True):
-            if chain:
-                num = self.scheduler.reserve_draft(sequence, len(chain))
-                sequence.draft = chain[:num]
-                sequence.alternatives = {p: token for p, token in beside.items() if p < num}
-        return drafting, survival
 
     def _sample(
         self, logits: torch.Tensor, batch: Batch
     ) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
         keys, positions = batch.noise_keys, batch.noise_positions
         with torch.inference_mode():
-            drawn = sample(logits, keys, positions, self._sampling, self._num_top)
+            drawn = sample(logits, keys, positions, self._sampling, self._speculation.num_top)
             # One transfer; token ids are exact in float64.
             columns = [drawn.tokens[:, None], drawn.logprobs[:, None], drawn.top_ids]
             columns.append(drawn.top_probs)
@@ -336,35 +303,10 @@ class Engine:
         self.scheduler.commit(sequence, cached + verdict.num_accepted)
         return None, None
 
-    def _gain(
-        self,
-        verdict: Verdict,
-        new: list[int],
-        top_ids: np.ndarray,
-        top_probs: np.ndarray,
-        *,
-        has_ended: bool,
-    ) -> Gain:
-        """What there is to learn from a sequence's rows."""
-        sequence, accepted = verdict.sequence, verdict.num_accepted
-        rejected = sequence.draft[accepted : accepted + MAX_REJECTED] if self._num_top else []
-        if has_ended or verdict.takes_second:
-            rejected = []
-        behind = verdict.rows[accepted] + 1
-        rows = [*verdict.rows[: len(new)], *range(behind, behind + len(rejected))]
-        ids, probs = top_ids[rows], top_probs[rows]
-        if self._speculator_config.store_distributions:
-            sequence.top.append(StepTop(rejected, ids.astype(np.int32), probs.copy()))
-        num_top = self.store.num_top
-        if not num_top:
-            rejected, ids, probs = [], ids[: len(new)], probs[: len(new)]
-        return Gain(sequence, new, rejected, ids[:, :num_top], probs[:, :num_top])
-
     def _retire(self, sequence: Sequence, reason: FinishReason, error: str | None) -> Completion:
         completion = self._completion(sequence, reason, error)
         has_failed = reason is FinishReason.FAILED
-        if self._speculator_config.spec_decoding:
-            self.store.finish(sequence, has_failed=has_failed)
+        self._speculation.finish(sequence, has_failed=has_failed)
         if self.scheduler.retire(sequence, has_failed=has_failed):
             self.store.drop(sequence.prompt)
         return completion
@@ -385,9 +327,7 @@ class Engine:
             started_at=sequence.started_at,
             finished_at=time.time(),
             error=error,
-            distributions=Distributions.from_steps(sequence.top, self._num_top)
-            if self._speculator_config.store_distributions
-            else None,
+            distributions=self._speculation.distributions(sequence),
         )
 
     def _why_impossible(self, prompt: Prompt) -> str | None:
@@ -424,15 +364,6 @@ class Engine:
     def _grow(self, num_blocks: int) -> None:
         self._cache.grow(num_blocks)
         self.scheduler.block_manager.grow(num_blocks)
-
-
-def _make_store(config: SpeculatorConfig, *, is_greedy: bool, num_kept_prompts: int) -> Store:
-    if config.spec_decoding and config.speculator == "memory":
-        # Imported late: its compiled loops take a moment to load.
-        from streaminator.speculative.memory_store import MemoryStore
-
-        return MemoryStore(config, is_greedy=is_greedy, num_kept_prompts=num_kept_prompts)
-    return SpeculatorStore(config, num_kept_prompts=num_kept_prompts)
 
 
 class _Clock:

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stream's side of speculation: who drafts how much, and what a step teaches.
+
+Used by: `engine.Engine`.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaminator.config import SpeculatorConfig
+from streaminator.sequence import Distributions, Sequence, StepTop
+from streaminator.speculative.draft_budget import DraftBudget
+from streaminator.speculative.speculator import MAX_REJECTED, Gain, Store
+from streaminator.speculative.store import SpeculatorStore
+from streaminator.speculative.verify import Verdict
+
+
+class Speculation:
+    """A store of speculators and the budget of its drafts; with speculation off it does nothing."""
+
+    def __init__(self, config: SpeculatorConfig, *, is_greedy: bool, num_kept_prompts: int) -> None:
+        """`num_kept_prompts`: finished prompts whose speculators stay, for when they come again."""
+        self._config = config
+        self._is_on = config.spec_decoding
+        self.has_budget = self._is_on and config.speculator == "memory"
+        """Whether a `budget` decides how many drafts are verified."""
+        self.store = self._make_store(is_greedy, num_kept_prompts)
+        learned = self.store.num_top if self._is_on else 0
+        self.num_top = config.num_top_tokens if config.store_distributions else learned
+        """The model's most likely tokens that a step is to tell at each position."""
+        self.budget: DraftBudget | None = None
+
+    def _make_store(self, is_greedy: bool, num_kept_prompts: int) -> Store:
+        if not self.has_budget:
+            return SpeculatorStore(self._config, num_kept_prompts=num_kept_prompts)
+        # Imported late: its compiled loops take a moment to load.
+        from streaminator.speculative.memory_store import MemoryStore
+
+        return MemoryStore(self._config, is_greedy=is_greedy, num_kept_prompts=num_kept_prompts)
+
+    def start(self, sequence: Sequence) -> None:
+        """A completion begins."""
+        if self._is_on:
+            self.store.start(sequence)
+
+    def draft(
+        self, sequences: list[Sequence], reserve: Callable[[Sequence, int], int]
+    ) -> tuple[list[Sequence], NDArray[np.float32] | None]:
+        """Give each sequence its draft, of which `reserve` says how much fits.
+
+        Returns:
+            Who may draft, and [n, 2, k] the store's chances of acceptance, if it gives any.
+        """
+        for sequence in sequences:
+            sequence.draft, sequence.alternatives = [], {}
+        if not self._is_on:
+            return [], None
+        drafting = [s for s in sequences if s.is_sampled and s.may_draft]
+        # The step adds one token more than it accepts.
+        rooms = [s.max_num_tokens - len(s.token_ids) - 1 for s in drafting]
+        caps = [min(self._config.max_draft, room) for room in rooms]
+        floor = self.budget.floor if self.budget else 0.0
+        chains, seconds, survival = self.store.draft_all(drafting, caps, floor)
+        alternatives: list[dict[int, int]] = [{} for _ in drafting]
+        if self.budget and seconds is not None and survival is not None:
+            num_tokens = sum(s.num_scheduled_tokens for s in sequences)
+            pays = self.budget.cut(survival, num_tokens, len(drafting))
+            chains = [c[:num] for c, num in zip(chains, pays[:, 0].sum(1).tolist(), strict=True)]
+            for row, place in np.argwhere(pays[:, 1]).tolist():
+                alternatives[row][place] = int(seconds[row, place])
+        for sequence, chain, beside in zip(drafting, chains, alternatives, strict=True):
+            if chain:
+                num = reserve(sequence, len(chain))
+                sequence.draft = chain[:num]
+                sequence.alternatives = {p: token for p, token in beside.items() if p < num}
+        return drafting, survival
+
+    def gain(
+        self,
+        verdict: Verdict,
+        new: list[int],
+        top_ids: np.ndarray,
+        top_probs: np.ndarray,
+        *,
+        has_ended: bool,
+    ) -> Gain:
+        """What there is to learn from a sequence's rows."""
+        sequence, accepted = verdict.sequence, verdict.num_accepted
+        rejected = sequence.draft[accepted : accepted + MAX_REJECTED] if self.num_top else []
+        if has_ended or verdict.takes_second:
+            rejected = []
+        behind = verdict.rows[accepted] + 1
+        rows = [*verdict.rows[: len(new)], *range(behind, behind + len(rejected))]
+        ids, probs = top_ids[rows], top_probs[rows]
+        if self._config.store_distributions:
+            sequence.top.append(StepTop(rejected, ids.astype(np.int32), probs.copy()))
+        num_top = self.store.num_top
+        if not num_top:
+            rejected, ids, probs = [], ids[: len(new)], probs[: len(new)]
+        return Gain(sequence, new, rejected, ids[:, :num_top], probs[:, :num_top])
+
+    def learn(self, gains: Seq[Gain]) -> None:
+        """Learn what a step's sequences gained."""
+        if self._is_on:
+            self.store.commit_all(gains)
+
+    def observe_step(
+        self, num_tokens: int, num_prefill_tokens: int, gained: int, seconds: float
+    ) -> None:
+        """Learn what a step cost; see `DraftBudget.observe`."""
+        if self.budget:
+            self.budget.observe(num_tokens, num_prefill_tokens, gained, seconds)
+
+    def finish(self, sequence: Sequence, *, has_failed: bool) -> None:
+        """A completion has ended."""
+        if self._is_on:
+            self.store.finish(sequence, has_failed=has_failed)
+
+    def distributions(self, sequence: Sequence) -> Distributions | None:
+        """What the model gave at each of its places, where that is kept."""
+        if not self._config.store_distributions:
+            return None
+        return Distributions.from_steps(sequence.top, self.num_top)
