@@ -41,7 +41,8 @@ from streaminator.run_record import (
     resolve_run_id,
     tokenizer_fingerprint,
 )
-from streaminator.summary import Summary, render, summarise
+from streaminator.summary import Summary, summarise
+from streaminator.summary_table import render
 from streaminator.wandb_log import WandbLog
 
 if TYPE_CHECKING:

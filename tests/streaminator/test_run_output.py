@@ -11,7 +11,8 @@ from streaminator.pool import Part
 from streaminator.run_output import RunOutput
 from streaminator.run_record import open_run
 from streaminator.sequence import Prompt
-from streaminator.summary import render, summarise
+from streaminator.summary import summarise
+from streaminator.summary_table import render
 
 PART = Part(path=".staging/w/part-w-000001.parquet", keys=(("p", 0),))
 

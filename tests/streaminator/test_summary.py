@@ -10,7 +10,8 @@ from streaminator.config import JobConfig
 from streaminator.data.parquet import COMPLETIONS, STEPS, PartWriter
 from streaminator.errors import OutputError
 from streaminator.run_record import open_run
-from streaminator.summary import PHASES, render, summarise
+from streaminator.summary import PHASES, summarise
+from streaminator.summary_table import render
 
 START = 1_700_000_000.0
 
