@@ -70,7 +70,19 @@ def make_draw(num_prompts: int = 3, num_completions: int = 2) -> Draw:
     )
 
 
-@pytest.mark.parametrize("name", ["plain", "ngram", "memory", "transformers", "transformers-batch"])
+SLOW_PEER = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PEERS.is_dir(), reason="takes a minute; `make bench-peers` allows it"),
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("plain", "ngram", "memory", "transformers"),
+        pytest.param("transformers-batch", marks=SLOW_PEER),
+    ],
+)
 def test_an_engine_draws_what_the_model_says(tmp_path, name):
     folder = save_model(tmp_path, "Llama")
     load, draw = make_load(folder), make_draw()
