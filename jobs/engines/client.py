@@ -7,6 +7,7 @@ Used by: `jobs.benchmark_measure`.
 import json
 import os
 import selectors
+import signal
 import subprocess
 import tempfile
 import time
@@ -89,6 +90,8 @@ class Client:
             message = json.loads(line)
         except ValueError:
             message = {}
+            if line:
+                raise EngineFailedError(f"it answered {line[:80]!r}, which is no JSON") from None
         if key in message:
             return message[key]
         raise EngineFailedError(message.get("error") or f"it ended: {self._last_words()}")
@@ -109,7 +112,13 @@ class Client:
         return line
 
     def _last_words(self) -> str:
-        """The last line of what it wrote to stderr."""
+        """The last line of what it wrote to stderr, or what ended it."""
+        try:
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return "it closed its output"
+        if code < 0:
+            return f"by signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1][:200] if lines else "it said nothing"
+        return lines[-1][:200] if lines else f"exit code {code}"

@@ -180,12 +180,20 @@ def test_an_engine_that_does_not_answer_in_time_is_given_up(tmp_path):
         client.draw(make_draw(), 0.1)
 
 
-def test_an_engine_that_ends_is_quoted(tmp_path):
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("raise SystemExit('the disk is full')", "it ended: the disk is full"),
+        ("import os; os.kill(os.getpid(), 9)", r"it ended: by signal 9 \(out of memory\?\)"),
+        ("import os; os._exit(3)", "it ended: exit code 3"),
+    ],
+)
+def test_an_engine_that_ends_is_quoted(tmp_path, program, message):
     path = tmp_path / "broken.py"
-    path.write_text("raise SystemExit('the disk is full')\n")
+    path.write_text(program)
     with (
         Client(Program("broken", (sys.executable, str(path)), {}), make_load(tmp_path)) as client,
-        pytest.raises(EngineFailedError, match="it ended: the disk is full"),
+        pytest.raises(EngineFailedError, match=message),
     ):
         client.wait_until_ready()
 
