@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -216,9 +217,10 @@ class RayPool:
             time.sleep(min(timeout, 1.0))
             return
         references = list(self._pending)
-        ready, rest = ray.wait(references, num_returns=1, timeout=timeout)
-        if ready and rest:
-            ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        with _own_exceptions():
+            ready, rest = ray.wait(references, num_returns=1, timeout=timeout)
+            if ready and rest:
+                ready += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         for reference in ready:
             worker, stage = self._pending.pop(reference)
             try:
@@ -257,7 +259,8 @@ class RayPool:
 def _get(reference: Any, timeout: float | None = None) -> Any:
     """The result; a worker's own exception as it was raised there, any other as WorkerDiedError."""
     try:
-        return ray.get(reference, timeout=timeout)
+        with _own_exceptions():
+            return ray.get(reference, timeout=timeout)
     except RayTaskError as error:
         cause = error.cause
         if isinstance(cause, StreaminatorError):
@@ -267,6 +270,17 @@ def _get(reference: Any, timeout: float | None = None) -> Any:
         raise WorkerDiedError(f"no answer in {timeout:.0f} s") from error
     except RayError as error:
         raise WorkerDiedError(_why(error)) from error
+
+
+@contextmanager
+def _own_exceptions() -> Iterator[None]:
+    """What a signal's handler raises while Ray's C code runs may come as the cause of a SystemError."""
+    try:
+        yield
+    except SystemError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
 
 
 def _why(error: RayError) -> str:
