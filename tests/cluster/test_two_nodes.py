@@ -20,7 +20,9 @@ from tests.ray_nodes import ROOT, RayNodes, ray_nodes
 pytestmark = [pytest.mark.ray, pytest.mark.cluster]
 
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))
-FLAGS = ["--num_samples", "48", "--num_completions", "6", "--max_length", "96"]
+# 20 s of work for two workers: a kill after the first part, 5 s in, finds the run under way.
+FLAGS = ["--num_samples", "48", "--num_completions", "24", "--max_length", "96"]
+FLAGS += ["--stream_width", "4"]
 TOKENS = "prompt_id, sample_index, token_ids, text, finish_reason"
 
 
