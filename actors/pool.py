@@ -161,9 +161,8 @@ class RayPool:
         Raises: OutputError of a worker; rows of dead workers will be drawn again.
         """
         for worker in [worker for worker, stage in self._pending.values() if stage == "open"]:
-            self.kill(
-                worker
-            )  # it has nothing to write, and would begin a folder that is cleared away
+            # It has nothing to write, and would begin a folder that is cleared away.
+            self.kill(worker)
         late = [ref for ref, (_, stage) in self._pending.items() if stage == "work"]
         opened = [w for w in sorted(self._loaded) if self._run is not None]
         last = [self._workers[worker].close.remote() for worker in opened]

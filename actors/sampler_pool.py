@@ -66,7 +66,8 @@ class RayWorkers(RayPool):
     def __init__(self, config: JobConfig, num_workers: int | None) -> None:
         """Start the actors and wait for them as `RayPool` does."""
         if not ray.is_initialized():
-            ray.init(address=config.cluster.address)
+            # Without "local" Ray would join any cluster it finds traces of, dead or alive.
+            ray.init(address=config.cluster.ray_address or "local")
         given, device = config.cluster, config.model.device
         num_in_cluster = ray.cluster_resources().get("GPU", 0)
         use_gpu = device.startswith("cuda") or (device == "auto" and num_in_cluster > 0)

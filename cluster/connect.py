@@ -19,8 +19,7 @@ from streaminator.errors import ConfigError, first_line
 
 @contextmanager
 def connect(address: str | None) -> Iterator[None]:
-    """A connection for the `with` block: to `address`, to the cluster this job was submitted to,
-    or to a Ray of its own on this machine.
+    """A connection for the `with` block: to `address`, or to a Ray of its own on this machine.
 
     Raises: ConfigError when no Ray answers at the address, or one of other versions.
     """
@@ -30,7 +29,6 @@ def connect(address: str | None) -> Iterator[None]:
         raise ConfigError(
             "--address is empty: give HOST:PORT, or leave it out for a Ray of its own"
         )
-    address = address or os.environ.get("RAY_ADDRESS")
     try:
         if address is None:
             # Without "local" Ray would join any cluster it finds traces of on this machine, dead or alive.

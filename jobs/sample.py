@@ -7,7 +7,6 @@ Without flags it samples the bundled model on the bundled problems. `--num_worke
 process, without Ray. The same command resumes an interrupted run.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,12 +33,12 @@ def main(argv: Sequence[str]) -> int:
     from cluster.connect import connect
     from cluster.resources import cluster_has_gpus, describe_waiting, plan_workers
 
-    with connect(config.cluster.address):
+    with connect(config.cluster.ray_address):
         config = _resolve_on_cluster(config, has_gpus=cluster_has_gpus())
         placement = plan_workers(
             config.cluster,
             use_gpu=config.model.device.startswith("cuda"),
-            can_grow=config.cluster.address is not None or "RAY_ADDRESS" in os.environ,
+            can_grow=config.cluster.ray_address is not None,
         )
         sample(
             config,

@@ -9,6 +9,7 @@ Invariants
 Used by: `streaminator.cli_args` (flags), `streaminator.run_record` (what a run recorded).
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
@@ -311,6 +312,13 @@ class ClusterConfig:
         )
         if self.num_workers == 0 and self.address is not None:
             raise ConfigError("--address with --num_workers 0: without Ray there is no address")
+
+    @property
+    def ray_address(self) -> str | None:
+        """Of the Ray that runs already: as given, or the one this job was submitted to; None: none."""
+        if self.address is not None:
+            return self.address
+        return os.environ.get("RAY_ADDRESS") or None
 
     @property
     def resources(self) -> dict[str, float]:

@@ -29,6 +29,14 @@ actors.pool.RayPool = None  # no worker may be started
 ray.__version__ = sys.argv.pop(1) or ray.__version__
 sys.exit(main_program("job", job.main))
 """
+OWN = {
+    "a job": "from cluster.connect import connect\nwith connect(None): ...",
+    "a pool": """
+from actors.sampler_pool import SamplerPool
+from streaminator.config import JobConfig, ModelConfig
+with SamplerPool(JobConfig(model=ModelConfig(device="cpu"))): ...
+""",
+}
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}
 
 
@@ -68,6 +76,20 @@ def test_an_address_where_nobody_is_is_refused(refuse):
     refuse("--address 127.0.0.1:1: no Ray answers there", "--address", "127.0.0.1:1")
     refuse("--address 127.0.0.1:1: no Ray answers there", RAY_ADDRESS="127.0.0.1:1")
     refuse("--address is empty", "--address", "")
+
+
+@pytest.mark.parametrize("program", OWN.values(), ids=OWN)
+def test_the_traces_of_a_dead_cluster_are_not_followed(program):
+    # Short: the names of sockets in it may have 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        traces = Path(folder) / "ray" / "ray_current_cluster"
+        traces.parent.mkdir()
+        traces.write_text("127.0.0.1:1")
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"RAY_TMPDIR": folder}, cwd=ROOT, timeout=300, capture_output=True, text=True,
+        )  # fmt: skip
+    assert result.returncode == 0, result.stderr
 
 
 class Page(http.server.BaseHTTPRequestHandler):
