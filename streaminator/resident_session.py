@@ -89,7 +89,7 @@ class ResidentSession:
         elif isinstance(weights, str | os.PathLike):
             weights = read_weights(os.fspath(weights), self._config.model, self._runner.dtype)
         copy_weights(self._runner.model, weights)
-        self._runner.pack_weights(have_changed=True)
+        self._runner.repack_weights()
         if self._engine is not None:
             if self._engine.has_work:
                 self._engine = None

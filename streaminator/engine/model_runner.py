@@ -16,7 +16,7 @@ from streaminator.engine.batch import Batch
 from streaminator.engine.checkpoint import load_model
 from streaminator.engine.device import resolve_device, resolve_dtype
 from streaminator.engine.kv_cache import KVCache, LayerShape, bytes_per_block
-from streaminator.engine.packed_linear import pack_linear
+from streaminator.engine.packed_linear import find_packable, pack_linear
 from streaminator.engine.reproducible import separate_expert_rows
 from streaminator.errors import ConfigError, ModelError, first_line
 
@@ -40,7 +40,7 @@ class ModelRunner:
         if self.device.type == "cpu":
             separate_expert_rows(self.model)
         self._packs = config.packed_linear and self.device.type == "cpu"
-        self._is_packed = False
+        self._packed: list[torch.nn.Linear] | None = None
         self.shapes = self._probe()
 
     @property
@@ -80,11 +80,15 @@ class ModelRunner:
                 return set(ids) if isinstance(ids, list | tuple) else {ids}
         return set()
 
-    def pack_weights(self, *, have_changed: bool = False) -> None:
-        """Pack the weights if they are not yet, or anew; the number of threads must stay from now on."""
-        if self._packs and (have_changed or not self._is_packed):
-            pack_linear(self.model)
-            self._is_packed = True
+    def pack_weights(self) -> None:
+        """Pack the weights, the first time; the number of threads must stay from now on."""
+        if self._packed is None:
+            self._packed = find_packable(self.model) if self._packs else []
+            pack_linear(self._packed)
+
+    def repack_weights(self) -> None:
+        """The weights have changed: pack again what is packed."""
+        pack_linear(self._packed or ())
 
     def make_cache(self, config: EngineConfig, max_length: int) -> KVCache:
         """Allocate the blocks: as many as a full stream can use, within the memory there is.
@@ -149,10 +153,10 @@ class ModelRunner:
     def describe_memory(self, cache: KVCache) -> str:
         """What weights and cache take, in words."""
         weights = sum(tensor.nbytes for tensor in {*self.model.parameters(), *self.model.buffers()})
-        packed = " and as much again, packed" if self._is_packed else ""
+        packed = sum(layer.weight.nbytes for layer in self._packed or ())
         per_block = bytes_per_block(self.shapes, cache.block_size, self.dtype)
         return (
-            f"weights {weights / 2**30:.2g} GiB{packed}; keys and values "
+            f"weights {(weights + packed) / 2**30:.2g} GiB; keys and values "
             f"{cache.num_blocks * per_block / 2**30:.2g} GiB, {cache.num_blocks:,} blocks of "
             f"{cache.block_size} tokens"
         )

@@ -8,6 +8,7 @@ which it does not hold keeps the plain product.
 Used by: `model_runner`.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -20,23 +21,31 @@ _HINT = 16
 
 
 @torch.inference_mode()
-def pack_linear(model: Any) -> None:
-    """Pack a copy of the weights of each linear layer; called again, of the weights there are now.
-
-    The layers' own weights stay what `state_dict` gives, so that linear layers take twice their memory.
-    """
+def find_packable(model: Any) -> list[torch.nn.Linear]:
+    """The linear layers that can be packed. The number of threads must stay from now on."""
     if not torch.backends.mkldnn.is_available():
-        return
+        return []
     are_packable: dict[tuple[torch.Size, torch.dtype], bool] = {}
+    found = []
     for module in model.modules():
         if type(module) is not torch.nn.Linear:
             continue
-        weight = module.weight.detach()
-        kind = weight.shape, weight.dtype
+        kind = module.weight.shape, module.weight.dtype
         if kind not in are_packable:
-            are_packable[kind] = _is_packable(weight)
+            are_packable[kind] = _is_packable(module.weight.detach())
         if are_packable[kind]:
-            module.forward = partial(_linear, _pack(weight), module.bias)
+            found.append(module)
+    return found
+
+
+@torch.inference_mode()
+def pack_linear(layers: Iterable[torch.nn.Linear]) -> None:
+    """Let layers compute with a packed copy of the weights they have now.
+
+    Their own weights stay what `state_dict` gives, so that these layers take twice their memory.
+    """
+    for layer in layers:
+        layer.forward = partial(_linear, _pack(layer.weight.detach()), layer.bias)
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:

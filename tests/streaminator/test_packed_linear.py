@@ -8,7 +8,7 @@ import torch
 
 from streaminator.engine import packed_linear
 from streaminator.engine.model_runner import ModelRunner
-from streaminator.engine.packed_linear import pack_linear
+from streaminator.engine.packed_linear import find_packable, pack_linear
 
 SHAPES = [(16, 16), (64, 320), (100, 37), (576, 1536), (1536, 576), (4096, 64)]
 
@@ -21,7 +21,7 @@ def layers(dtype: torch.dtype) -> tuple[torch.nn.ModuleList, torch.nn.ModuleList
         for index, (num_in, num_out) in enumerate(SHAPES)
     )
     packed = copy.deepcopy(plain)
-    pack_linear(packed)
+    pack_linear(find_packable(packed))
     return plain, packed
 
 
@@ -75,9 +75,9 @@ def test_new_weights_are_packed_again(llama: ModelRunner) -> None:
         before = layer(rows)
         kept = layer.weight.clone()
         layer.weight.mul_(2)
-        llama.pack_weights(have_changed=True)
+        llama.repack_weights()
         doubled = layer(rows)
         layer.weight.copy_(kept)
-        llama.pack_weights(have_changed=True)
+        llama.repack_weights()
     assert torch.equal(doubled, 2 * before)
     assert torch.equal(layer(rows), before)
