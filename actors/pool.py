@@ -25,7 +25,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from actors.worker import SamplerWorker
+from actors.worker import SamplerWorker, Worker
 from streaminator.config import JobConfig
 from streaminator.errors import InputError, StreaminatorError, WorkerDiedError, first_line
 from streaminator.pool import (
@@ -59,7 +59,7 @@ class RayPool:
         num_gpus: float,
         resources: dict[str, float] | None = None,
         describe: Callable[[], str] = lambda: "",
-        worker_class: type = SamplerWorker,
+        worker_class: type[Worker] = SamplerWorker,
     ) -> None:
         """Start the actors and wait until one has loaded the model, and a moment for the others.
 
@@ -70,7 +70,7 @@ class RayPool:
             num_gpus: GPUs of each.
             resources: custom resources of each.
             describe: says what the cluster has, for the message while waiting.
-            worker_class: made into the actors; `load`, `open`, `work` and `close` as of `SamplerWorker`.
+            worker_class: made into the actors; a `Worker` that has `open`, and `close` if the pool is closed.
 
         Raises: InputError of a worker that cannot load the model; WorkerDiedError.
         """

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The library's `Session` as a Ray actor.
 
-A plain class: `ray.remote(num_gpus=...)(SamplerWorker)` at the call site makes it an actor.
+Plain classes: `ray.remote(num_gpus=...)(SamplerWorker)` at the call site makes an actor.
 
 Used by: `actors.pool`; `actors.resident_worker` is its like for a `SamplerPool`.
 """
 
 import os
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import ray
 
@@ -17,7 +19,7 @@ from streaminator.pool import SLICE_SECONDS, OpenRun, WorkResult
 from streaminator.sequence import Prompt
 
 
-class SamplerWorker:
+class Worker(ABC):
     """One stream on one device, in its own process."""
 
     def __init__(self, config: JobConfig, worker: int, num_threads: int | None) -> None:
@@ -26,26 +28,15 @@ class SamplerWorker:
         self._worker = worker
         self._num_threads = num_threads
 
+    @abstractmethod
+    def _make_session(self) -> Any:
+        """Load the model. Raises: InputError."""
+
     @ray.method
     def load(self) -> tuple[str, int]:
         """Load the model; returns the device's name and the process id. Raises: InputError."""
-        # Late: the driver imports this class, too, and needs no engine.
-        from streaminator.session import Session
-
-        self._session = Session(self._config, num_threads=self._num_threads)
+        self._session = self._make_session()
         return self._session.device_name, os.getpid()
-
-    @ray.method
-    def open(self, run: OpenRun) -> str:
-        """Open the run; returns what memory it takes, in words."""
-        node_id = ray.get_runtime_context().get_node_id()
-        return self._session.open(
-            run.uri,
-            worker_id=f"worker-{self._worker}",
-            attempt=run.attempt,
-            max_prompt_length=run.max_prompt_length,
-            node=f"{socket.gethostname()}/{node_id[:8]}",
-        )
 
     @ray.method
     def work(
@@ -57,6 +48,28 @@ class SamplerWorker:
             min_open_prompts=min_open_prompts,
             num_to_release=num_to_release,
             max_seconds=SLICE_SECONDS,
+        )
+
+
+class SamplerWorker(Worker):
+    """A worker that writes a run."""
+
+    def _make_session(self) -> Any:
+        # Late: the driver imports this class, too, and needs no engine.
+        from streaminator.session import Session
+
+        return Session(self._config, num_threads=self._num_threads)
+
+    @ray.method
+    def open(self, run: OpenRun) -> str:
+        """Open the run; returns what memory it takes, in words."""
+        node_id = ray.get_runtime_context().get_node_id()
+        return self._session.open(
+            run.uri,
+            worker_id=f"worker-{self._worker}",
+            attempt=run.attempt,
+            max_prompt_length=run.max_prompt_length,
+            node=f"{socket.gethostname()}/{node_id[:8]}",
         )
 
     @ray.method
