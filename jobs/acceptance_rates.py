@@ -208,6 +208,10 @@ def demo_problems(num: int) -> list[dict[str, str]]:
     return problems[:num]
 
 
+def _longest(config: JobConfig) -> int:
+    return config.speculator.num_speculative_tokens or _MAX_DRAFT
+
+
 def _study(
     config: JobConfig,
     runner: "ModelRunner",
@@ -215,7 +219,7 @@ def _study(
     prompts: Sequence["Prompt"],
 ) -> tuple[list[Run], int]:
     """All variants at one temperature, and how many completions differ between them."""
-    longest = config.speculator.num_speculative_tokens or _MAX_DRAFT
+    longest = _longest(config)
     sampling = config.sampling
     other = replace(sampling, seed=(sampling.seed + 1) % 2**63)
     before = _run(replace(config, sampling=other), runner, tokenizer, prompts, "memory", longest)
@@ -304,9 +308,9 @@ def _describe(
     config: JobConfig, runner: "ModelRunner", prompts: Sequence["Prompt"]
 ) -> dict[str, Any]:
     return describe(config, without=("temperature", *_varied())) | {
-        "num_parameters": sum(p.numel() for p in runner.model.parameters()),
+        "num_parameters": runner.num_parameters,
         "num_prompts": len(prompts),
-        "max_draft": config.speculator.num_speculative_tokens or _MAX_DRAFT,
+        "max_draft": _longest(config),
     }
 
 

@@ -26,12 +26,10 @@ prompts as slots. The output ends with a line of JSON for each width.
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +39,7 @@ from jobs.engines.protocol import Draw, Load
 from jobs.engines.registry import DEFAULT, OWN, find_programs
 from jobs.json_out import check_json_out, write_json_out
 from jobs.random_model import SIZES, save_random_llama
+from jobs.study_output import versions
 from streaminator.cli import main_program, resolve
 from streaminator.cli_args import parse
 from streaminator.config import JobConfig
@@ -269,10 +268,7 @@ def _describe(
     config: JobConfig, other: argparse.Namespace, runner: "ModelRunner"
 ) -> dict[str, Any]:
     """What was measured, and on what."""
-    import torch
-
     is_random = other.random_model != "none"
-    gpu = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else None
     return {
         "model": f"random-llama-{other.random_model}" if is_random else config.model.model_name,
         "model_type": runner.model.config.model_type,
@@ -280,13 +276,10 @@ def _describe(
         "dtype": config.model.dtype,
         "device": str(runner.device),
         "cpu": cpu_model(),
-        "gpu": gpu,
+        "gpu": runner.device_name if runner.device.type == "cuda" else None,
         "num_threads": _num_threads(),
         "mkl_cbwr": os.environ.get("MKL_CBWR"),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "transformers")},
-        },
+        "versions": versions(),
         "repeats": other.repeats,
         "settings": config.flat() | {"random_model": other.random_model},
     }

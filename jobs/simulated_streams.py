@@ -53,14 +53,13 @@ class _Stream:
     buffer: dict[tuple[str, int], Row] = field(default_factory=dict)
     oldest: float = 0.0
     step: int = 0
-    slot_steps: int = 0
     _ends: list[tuple[int, str, int, float]] = field(default_factory=list)
     _waiting: list[tuple[int, int, str]] = field(default_factory=list)
     _order: int = 0
 
     def work(
         self, prompts: Sequence[Prompt], min_open: int, num_to_release: int, now: float
-    ) -> tuple[float, WorkResult, dict[tuple[str, int], Row]]:
+    ) -> Slice:
         """What `Session.work` does, from `now` on; returns the time of its end as well."""
         for prompt in prompts:
             assert prompt.prompt_id not in self.left, "a prompt is given twice"
@@ -69,14 +68,14 @@ class _Stream:
             self._wait(prompt.prompt_id)
         released: list[str] = []
         self._release(num_to_release, released)
-        end, first_step, self.slot_steps, num_finished = now + SLICE_SECONDS, self.step, 0, 0
+        end, first_step, slot_steps, num_finished = now + SLICE_SECONDS, self.step, 0, 0
         while self.left and now < end and not released:
             self._admit(now)
             seconds = self.step_seconds(len(self._ends))
             num_steps = min(self._ends[0][0] - self.step, max(1, math.ceil((end - now) / seconds)))
             now += num_steps * seconds
             self.step += num_steps
-            self.slot_steps += num_steps * len(self._ends)
+            slot_steps += num_steps * len(self._ends)
             while self._ends and self._ends[0][0] <= self.step:
                 self._finish(now)
                 num_finished += 1
@@ -92,7 +91,7 @@ class _Stream:
         report = Report(
             num_finished=num_finished,
             num_steps=num_steps,
-            num_running_slots_sum=self.slot_steps,
+            num_running_slots_sum=slot_steps,
             num_slots_sum=num_steps * self.width,
         )
         result = WorkResult(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a study's results have in common: files of one name, settings without this machine's paths.
 
-Used by: `jobs.acceptance_rates`, `jobs.profiling`.
+Used by: `jobs.acceptance_rates`, `jobs.profiling`, `jobs.benchmark`.
 """
 
 import platform
@@ -61,12 +61,15 @@ def describe(config: JobConfig, *, without: Collection[str]) -> dict[str, Any]:
         "num_completions": config.data.num_completions,
         "device": torch.cuda.get_device_name(config.model.device) if is_gpu else cpu_model(),
         "num_threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "transformers")},
-        },
+        "versions": versions(),
         "settings": settings,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    found = {name: metadata.version(name) for name in ("torch", "transformers")}
+    return {"python": platform.python_version(), **found}
 
 
 def _name(value: str) -> str:

@@ -15,8 +15,8 @@ from streaminator.engine.engine import Engine
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.errors import InputError
 from streaminator.sequence import Prompt
+from streaminator.summary import PHASES
 
-PHASES = ("schedule", "draft", "pack", "forward", "sample", "verify", "commit")
 _COUNTS = (
     "num_steps",
     "num_busy_slots",

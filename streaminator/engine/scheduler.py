@@ -255,15 +255,13 @@ class Scheduler:
 
     def _waits_for_sibling(self, entry: _OpenPrompt) -> bool:
         """Whether the prompt's first sequence has still to compute what others can share."""
-        num_hits = len(self.block_manager.cached_blocks(entry.prefix_keys))
-        return self._continuous_batching and num_hits < len(entry.prefix_keys)
+        return self._continuous_batching and bool(self._missing_prefix(entry))
 
     def _waits_for_preamble(self, entry: _OpenPrompt) -> bool:
         """Whether another prompt's sequence is computing the very block this prompt needs next."""
         if entry.resident_blocks or not self._continuous_batching:
             return False
-        num_hits = len(self.block_manager.cached_blocks(entry.prefix_keys))
-        missing = entry.prefix_keys[num_hits:]
+        missing = self._missing_prefix(entry)
         if not missing:
             return False
         if self._computing.get(missing[0], entry.prompt.prompt_id) != entry.prompt.prompt_id:
@@ -271,6 +269,10 @@ class Scheduler:
         for key in missing:
             self._computing.setdefault(key, entry.prompt.prompt_id)
         return False
+
+    def _missing_prefix(self, entry: _OpenPrompt) -> list[bytes]:
+        """Keys of the prompt's full blocks that are in no block, from the first one on."""
+        return entry.prefix_keys[len(self.block_manager.cached_blocks(entry.prefix_keys)) :]
 
     def _attach_prefix(self, sequence: Sequence) -> None:
         """Start from the prompt's resident blocks, or from a known prefix of it."""
