@@ -6,6 +6,8 @@ import os
 # Read on import.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# As `main_program` sets it, which in the tests is called after the import.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Ray listens on loopback then, not on the machine's outer address.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 # Its workers would stand behind everything else on this machine, for minutes where that is busy.

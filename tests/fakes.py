@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -238,6 +239,16 @@ def draw(
 def tokens(completions: dict[tuple[str, int], Completion]) -> dict[tuple[str, int], list[int]]:
     """Only the token ids."""
     return {key: completion.token_ids for key, completion in completions.items()}
+
+
+ENGINES = st.builds(
+    EngineConfig,
+    stream_width=st.integers(1, 4),
+    max_batched_tokens=st.sampled_from([4, 512]),
+    num_blocks=st.sampled_from([5, 7, None]),
+    kv_cache=st.booleans(),
+)
+"""Streams that are narrow, short of memory or without a cache."""
 
 
 class Simulation:

@@ -8,7 +8,6 @@ from typing import Any
 
 import duckdb
 import pytest
-import transformers
 
 from jobs import acceptance_rates
 from jobs.acceptance_rates import VARIANTS, demo_problems, main
@@ -161,5 +160,4 @@ def test_bad_input_is_one_line_and_exit_code_2(
     message: str,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["study", *flags])
-    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
     assert_refused("study", main, capsys, message)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -224,7 +223,5 @@ def test_bad_input_is_one_line_and_exit_code_2(
     message: str,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmark", *make_inputs(tmp_path), *flags])
-    # Within the program's own process, the environment has switched them off before the import.
-    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
     capsys.readouterr()
     assert_refused("benchmark", main, capsys, message)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import transformers
 
 from jobs.power_law import Fit, fit_geometric, fit_power_law
 from jobs.profiling import main
@@ -169,5 +168,4 @@ def test_bad_input_is_one_line_and_exit_code_2(
     message: str,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["profiling", *flags])
-    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
     assert_refused("profiling", main, capsys, message)

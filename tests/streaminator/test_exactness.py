@@ -14,7 +14,16 @@ from streaminator.config import EngineConfig, SamplingParams, SpeculatorConfig
 from streaminator.engine.engine import Engine
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.sequence import Completion, Prompt
-from tests.fakes import VOCAB_SIZE, drain, draw, make_engine, make_prompt, random_tokens, tokens
+from tests.fakes import (
+    ENGINES,
+    VOCAB_SIZE,
+    drain,
+    draw,
+    make_engine,
+    make_prompt,
+    random_tokens,
+    tokens,
+)
 
 MAX_LENGTH = 20
 SAMPLING = {
@@ -313,10 +322,7 @@ def draft_with(engine: Engine, reference: Draws, drafters: Sequence[Drafter], se
     drafters=st.lists(st.sampled_from(DRAFTERS), min_size=1, max_size=3),
     seed=st.integers(0, 2**32),
     num_speculative_tokens=st.integers(1, 30),
-    stream_width=st.integers(1, 4),
-    max_batched_tokens=st.sampled_from([4, 512]),
-    num_blocks=st.sampled_from([5, 7, None]),
-    kv_cache=st.booleans(),
+    config=ENGINES,
 )
 def test_no_draft_however_wrong_changes_a_token(
     llama: ModelRunner,
@@ -324,20 +330,12 @@ def test_no_draft_however_wrong_changes_a_token(
     drafters: list[Drafter],
     seed: int,
     num_speculative_tokens: int,
-    stream_width: int,
-    max_batched_tokens: int,
-    num_blocks: int | None,
-    kv_cache: bool,
+    config: EngineConfig,
 ) -> None:
     engine = make_engine(
         llama,
         sampling=PLAIN,
-        engine=EngineConfig(
-            stream_width=stream_width,
-            max_batched_tokens=max_batched_tokens,
-            num_blocks=num_blocks,
-            kv_cache=kv_cache,
-        ),
+        engine=config,
         speculator=SpeculatorConfig(
             speculator="ngram", num_speculative_tokens=num_speculative_tokens
         ),

@@ -18,6 +18,7 @@ from streaminator.sequence import Completion, Prompt, Sequence
 from streaminator.speculative.speculator import Guesses
 from tests.fakes import (
     ARCHITECTURES,
+    ENGINES,
     VOCAB_SIZE,
     Draws,
     drain,
@@ -99,10 +100,7 @@ def assert_account_balances(completion: Completion) -> None:
     seed=st.integers(0, 2**32),
     chance=st.sampled_from([0.0, 0.5, 1.0]),
     num_speculative_tokens=st.integers(1, 20),
-    stream_width=st.integers(1, 3),
-    max_batched_tokens=st.sampled_from([4, 512]),
-    num_blocks=st.sampled_from([5, 7, None]),
-    kv_cache=st.booleans(),
+    config=ENGINES,
 )
 def test_no_second_choice_however_wrong_changes_a_token(
     llama: ModelRunner,
@@ -110,20 +108,12 @@ def test_no_second_choice_however_wrong_changes_a_token(
     seed: int,
     chance: float,
     num_speculative_tokens: int,
-    stream_width: int,
-    max_batched_tokens: int,
-    num_blocks: int | None,
-    kv_cache: bool,
+    config: EngineConfig,
 ) -> None:
     engine = make_engine(
         llama,
         sampling=SAMPLING,
-        engine=EngineConfig(
-            stream_width=stream_width,
-            max_batched_tokens=max_batched_tokens,
-            num_blocks=num_blocks,
-            kv_cache=kv_cache,
-        ),
+        engine=config,
         speculator=SpeculatorConfig(num_speculative_tokens=num_speculative_tokens),
     )
     guess_with(engine, reference, seed, chance)
