@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ray workers that are killed, frozen, cannot load or do not fit, with the real model."""
 
-import itertools
 import os
 import random
 import signal
@@ -11,7 +10,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import duckdb
 import pytest
 import ray
 
@@ -32,6 +30,7 @@ from streaminator.config import (
 from streaminator.errors import ConfigError, ModelError
 from streaminator.pool import LocalPool, WorkerReported
 from streaminator.summary import Summary
+from tests.outputs import check, rows
 
 pytestmark = pytest.mark.ray
 
@@ -50,21 +49,11 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def rows(output: Path, columns: str) -> list[tuple]:
-    sql = (
-        f"SELECT {columns} FROM '{output}/*/completions/*.parquet' ORDER BY prompt_id, sample_index"
-    )
-    return duckdb.sql(sql).fetchall()
-
-
-TOKENS = "prompt_id, sample_index, token_ids, text, finish_reason"
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> list[tuple]:
     output = tmp_path_factory.mktemp("undisturbed")
     driver.sample(at(output), LocalPool)
-    return rows(output, TOKENS)
+    return rows(output)
 
 
 def at(output: Path, **cluster: float) -> JobConfig:
@@ -100,17 +89,6 @@ def draw(config: JobConfig, disturb, num_workers: int = 2) -> Summary:
         return pool
 
     return driver.sample(config, make_pool)
-
-
-def check(output: Path, undisturbed: list[tuple]) -> None:
-    """Nothing lost, doubled or changed, and no two completions of a prompt overlapped."""
-    assert rows(output, TOKENS) == undisturbed
-    times: dict[str, list] = {}
-    for name, start, end in rows(output, "prompt_id, started_at, finished_at"):
-        times.setdefault(name, []).append((start, end))
-    for spans in times.values():
-        assert all(a[1] <= b[0] for a, b in itertools.pairwise(sorted(spans)))
-    assert not list(output.glob("*/.staging/*"))
 
 
 def once(action):

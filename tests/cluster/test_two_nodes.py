@@ -15,6 +15,7 @@ import duckdb
 import pytest
 
 from jobs.sample import main
+from tests.outputs import check, rows
 from tests.ray_nodes import ROOT, RayNodes, ray_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.cluster]
@@ -23,12 +24,6 @@ ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))
 # 20 s of work for two workers: a kill after the first part, 5 s in, finds the run under way.
 FLAGS = ["--num_samples", "48", "--num_completions", "24", "--max_length", "96"]
 FLAGS += ["--stream_width", "4"]
-TOKENS = "prompt_id, sample_index, token_ids, text, finish_reason"
-
-
-def rows(output: Path, columns: str = TOKENS) -> list[tuple]:
-    query = f"SELECT {columns} FROM '{output}/*/completions/*.parquet' ORDER BY 1, 2"
-    return duckdb.sql(query).fetchall()
 
 
 def events(output: Path) -> list[tuple]:
@@ -90,18 +85,6 @@ class Job:
         """Until there are so many, or the job has ended."""
         while self.is_running and num_parts(output) < num:
             self.sleep(0.1)
-
-
-def check(output: Path, undisturbed: list[tuple]) -> None:
-    """Nothing lost, doubled or changed, and no two completions of a prompt overlapped."""
-    assert rows(output) == undisturbed
-    parts = f"'{output}/*/completions/*.parquet'"
-    overlaps = duckdb.sql(f"""
-        SELECT a.prompt_id, a.sample_index, b.sample_index FROM {parts} a JOIN {parts} b
-        USING (prompt_id) WHERE a.sample_index < b.sample_index
-        AND a.started_at < b.finished_at AND b.started_at < a.finished_at""").fetchall()
-    assert overlaps == []
-    assert not list(output.glob("*/.staging/*"))
 
 
 def test_workers_on_both_nodes_draw_what_one_process_draws(nodes, tmp_path, undisturbed):
