@@ -84,6 +84,11 @@ class ModelConfig:
         "on a CPU: keep a second copy of linear layers' weights as its matrix kernels read them",
         tokens=True,
     )
+    compiled_kernels: bool = _option(
+        True,
+        "on a CPU: compile kernels for it, which fuse the layers of Llama-like models; needs packed_linear",
+        tokens=True,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,12 +78,13 @@ def attention(
         if options.get(name) is not None:
             raise ModelError(f"{type(module).__name__} uses attention with {name!r}: not supported")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if stream.cache is None:
-        stream.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        sizes = key.shape[1], key.shape[3], value.shape[3]
+        stream.shapes[layer] = LayerShape(*sizes, scale, sliding_window, softcap)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     stream.cache.write(layer, stream.batch.slot_mapping, key, value)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
     for group in stream.batch.groups:
         past = stream.cache.read(layer, group.block_table)

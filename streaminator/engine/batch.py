@@ -8,7 +8,7 @@ Used by: `engine.Engine` (makes it), `model_runner`, `attention`, `sampler`.
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -40,6 +40,24 @@ class AttentionGroup:
     """Additive masks [B, 1, G * Q, L] by sliding window and G, made on first use."""
 
 
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Where each sequence's rows lie, and then those of the second choices; on the host."""
+
+    starts: np.ndarray
+    """[B] packed row of the first query."""
+    counts: np.ndarray
+    """[B] number of queries."""
+    firsts: np.ndarray
+    """[B] position of the first query in its sequence."""
+    tables: np.ndarray
+    """[B, M] KV blocks; the null block where padded."""
+    slots: np.ndarray
+    """[n] `Batch.slot_mapping`."""
+    num_seconds: int
+    """How many of B are second choices, the last."""
+
+
 @dataclass(slots=True)
 class Batch:
     """One step's work on the device."""
@@ -51,7 +69,6 @@ class Batch:
     slot_mapping: torch.Tensor
     """Place of each token's key and value: block * block_size + offset; second choices, which come
     last, have none."""
-    groups: list[AttentionGroup]
     sampled_rows: torch.Tensor
     """[R, padded] rows whose logits are needed."""
     noise_keys: torch.Tensor
@@ -60,6 +77,15 @@ class Batch:
     """[R] index in its completion of the token each sampled row draws."""
     num_tokens: int
     """T without padding."""
+    lines: Lines
+    _groups: list[AttentionGroup] | None = None
+
+    @property
+    def groups(self) -> list[AttentionGroup]:
+        """All lines, in groups of similar length; made on first use."""
+        if self._groups is None:
+            self._groups = _make_groups(self.lines, self.input_ids.device)
+        return self._groups
 
 
 def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> Batch:
@@ -70,18 +96,22 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
     positions: list[np.ndarray] = []
     slots: list[np.ndarray] = []
     starts: list[int] = []
-    lengths: list[int] = []
+    counts: list[int] = []
+    firsts: list[int] = []
+    owners: list[Sequence] = []
     sampled: list[int] = []
     keys: list[int] = []
     noise_positions: list[int] = []
     for sequence in sequences:
         first = sequence.num_cached_tokens
         last = first + sequence.num_scheduled_tokens
+        length = last - first + len(sequence.draft)
         starts.append(len(tokens))
+        counts.append(length)
+        firsts.append(first)
+        owners.append(sequence)
         tokens.extend(sequence.token_ids[first:last])
         tokens.extend(sequence.draft)
-        length = last - first + len(sequence.draft)
-        lengths.append(length)
         position = np.arange(first, first + length)
         positions.append(position)
         table = np.array(sequence.block_table)
@@ -92,37 +122,61 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
             keys.extend([sequence.noise_key] * num_rows)
             drawn = len(sequence.token_ids) - sequence.num_prompt_tokens
             noise_positions.extend(range(drawn, drawn + num_rows))
-    seconds = [(s, *item) for s in sequences for item in s.alternatives.items()]
-    first_second = len(tokens)
-    for sequence, place, token in seconds:
-        sampled.append(len(tokens))
-        tokens.append(token)
-        positions.append(np.array([len(sequence.token_ids) + place]))
-        keys.append(sequence.noise_key)
-        drawn = len(sequence.token_ids) - sequence.num_prompt_tokens
-        noise_positions.append(drawn + place + 1)
+    for sequence in sequences:
+        for place, token in sequence.alternatives.items():
+            position = len(sequence.token_ids) + place
+            starts.append(len(tokens))
+            counts.append(1)
+            firsts.append(position)
+            owners.append(sequence)
+            sampled.append(len(tokens))
+            tokens.append(token)
+            positions.append(np.array([position]))
+            keys.append(sequence.noise_key)
+            noise_positions.append(position - sequence.num_prompt_tokens + 1)
+    tables = np.zeros((len(owners), max(len(s.block_table) for s in owners)), dtype=np.int64)
+    for line, sequence in enumerate(owners):
+        tables[line, : len(sequence.block_table)] = sequence.block_table
+    lines = Lines(
+        starts=np.array(starts),
+        counts=np.array(counts),
+        firsts=np.array(firsts),
+        tables=tables,
+        slots=np.concatenate(slots),
+        num_seconds=len(owners) - len(sequences),
+    )
     padding = -len(tokens) % ROW_MULTIPLE
+    pad = np.zeros(padding, dtype=np.int64)
 
     def tensor(values: object) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(device, non_blocking=True)
+        return _tensor(values, device)
 
-    pad = np.zeros(padding, dtype=np.int64)
-    groups = [
-        _group([sequences[i] for i in members], starts, lengths, members, tensor)
-        for members in _group_by_length(lengths)
-    ]
-    if seconds:
-        groups.append(_group_of_seconds(seconds, first_second, tensor))
     return Batch(
         input_ids=tensor([*tokens, *pad])[None],
         positions=tensor(np.concatenate([*positions, pad]))[None],
-        slot_mapping=tensor(np.concatenate(slots)),
-        groups=groups,
+        slot_mapping=tensor(lines.slots),
         sampled_rows=tensor(sampled + [0] * (-len(sampled) % ROW_MULTIPLE)),
         noise_keys=tensor(keys),
         noise_positions=tensor(noise_positions),
         num_tokens=len(tokens),
+        lines=lines,
     )
+
+
+def _tensor(values: object, device: torch.device) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(device, non_blocking=True)
+
+
+def _make_groups(lines: Lines, device: torch.device) -> list[AttentionGroup]:
+    first_second = len(lines.counts) - lines.num_seconds
+    groups = [
+        _group(lines, members, device)
+        for members in _group_by_length(lines.counts[:first_second].tolist())
+    ]
+    if lines.num_seconds:
+        seconds = list(range(first_second, len(lines.counts)))
+        groups.append(replace(_group(lines, seconds, device), has_own_keys=True))
+    return groups
 
 
 def _group_by_length(lengths: Seq[int]) -> list[list[int]]:
@@ -137,36 +191,17 @@ def _group_by_length(lengths: Seq[int]) -> list[list[int]]:
     return groups
 
 
-def _group(members, starts, lengths, indices, tensor) -> AttentionGroup:  # noqa: ANN001
-    num_queries = max(lengths[i] for i in indices)
-    num_blocks = max(len(s.block_table) for s in members)
-    rows = np.zeros((len(members), num_queries), dtype=np.int64)
-    query_positions = np.zeros_like(rows)
-    table = np.zeros((len(members), num_blocks), dtype=np.int64)
-    is_valid = np.zeros(rows.shape, dtype=bool)
-    for line, (sequence, index) in enumerate(zip(members, indices, strict=True)):
-        length = lengths[index]
-        rows[line, :length] = np.arange(starts[index], starts[index] + length)
-        first = sequence.num_cached_tokens
-        query_positions[line, :length] = np.arange(first, first + length)
-        table[line, : len(sequence.block_table)] = sequence.block_table
-        is_valid[line, :length] = True
+def _group(lines: Lines, members: list[int], device: torch.device) -> AttentionGroup:
+    counts = lines.counts[members][:, None]
+    places = np.arange(counts.max())[None]
+    is_valid = places < counts
+    tables = lines.tables[members]
+    used = int(np.flatnonzero(tables.any(0)).max(initial=0)) + 1
     return AttentionGroup(
-        rows=tensor(rows),
-        block_table=tensor(table),
-        query_positions=tensor(query_positions),
-        valid=None if is_valid.all() else tensor(np.flatnonzero(is_valid)),
-    )
-
-
-def _group_of_seconds(seconds, first, tensor) -> AttentionGroup:  # noqa: ANN001
-    table = np.zeros((len(seconds), max(len(s.block_table) for s, _, _ in seconds)), dtype=np.int64)
-    for line, (sequence, _, _) in enumerate(seconds):
-        table[line, : len(sequence.block_table)] = sequence.block_table
-    return AttentionGroup(
-        rows=tensor(first + np.arange(len(seconds))[:, None]),
-        block_table=tensor(table),
-        query_positions=tensor([[len(s.token_ids) + place] for s, place, _ in seconds]),
-        valid=None,
-        has_own_keys=True,
+        rows=_tensor(np.where(is_valid, lines.starts[members][:, None] + places, 0), device),
+        block_table=_tensor(tables[:, :used], device),
+        query_positions=_tensor(
+            np.where(is_valid, lines.firsts[members][:, None] + places, 0), device
+        ),
+        valid=None if is_valid.all() else _tensor(np.flatnonzero(is_valid), device),
     )

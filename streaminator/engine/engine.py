@@ -81,7 +81,7 @@ class Engine:
             num_kept_prompts: finished prompts whose speculators stay, for when they come again.
         """
         self.runner = runner
-        runner.pack_weights()
+        runner.pack_weights(engine.block_size)
         self._sampling = sampling
         self._stopping = StopChecker(sampling, runner.eos_token_ids, tokenizer)
         self._config = engine
@@ -193,8 +193,9 @@ class Engine:
         clock.lap("commit")
         num_new = sum(len(gain.token_ids) for gain in gains)
         decoded = [verdict.sequence for verdict in verdicts if verdict.drawn]
+        num_accepted = sum(sequence.accepted[-1] for sequence in decoded)
         self._speculation.observe_step(
-            batch.num_tokens, batch.num_tokens - len(tokens), num_new, clock.total
+            batch.num_tokens, batch.num_tokens - len(tokens), num_new, num_accepted, clock.total
         )
         self.last_step = StepStats(
             time=time.time(),
@@ -202,7 +203,7 @@ class Engine:
             num_prefill_tokens=batch.num_tokens - len(tokens),
             num_decode_tokens=len(decoded),
             num_draft_tokens=sum(sequence.drafted[-1] for sequence in decoded),
-            num_accepted_tokens=sum(sequence.accepted[-1] for sequence in decoded),
+            num_accepted_tokens=num_accepted,
             num_new_tokens=num_new,
             num_draft_by_survival=by_survival[0].tolist(),
             num_accepted_by_survival=by_survival[1].tolist(),

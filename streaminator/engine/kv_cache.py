@@ -14,11 +14,15 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one layer stores per token."""
+    """What one layer stores per token, and how it attends to it."""
 
     num_heads: int
     key_dim: int
     value_dim: int
+    scale: float = 1.0
+    window: int | None = None
+    """Keys that a query sees at most, itself included."""
+    softcap: float | None = None
 
 
 class KVCache:
@@ -73,6 +77,11 @@ class KVCache:
         """Store key and value of one layer at `slots` [n]; rows of [T, K, H] behind n are padding."""
         for pool, new in zip(self._layers[layer], (key, value), strict=True):
             pool.flatten(0, 1).index_copy_(0, slots, new[: slots.shape[0]].to(pool.dtype))
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer [N, S, K, H], for who lays out blocks in its own way."""
+        key, value = self._layers[index]
+        return key, value
 
     def read(self, layer: int, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value [B, K, L, H] of the blocks in `block_table` [B, M], L = M * S.

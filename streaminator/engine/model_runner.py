@@ -15,8 +15,10 @@ from streaminator.engine.attention import NAME, Stream, attention
 from streaminator.engine.batch import Batch
 from streaminator.engine.checkpoint import load_model
 from streaminator.engine.device import resolve_device, resolve_dtype
+from streaminator.engine.fused_layers import FusedLayer, NotFusedError, fuse_layers
+from streaminator.engine.kernels import Kernels, KernelsMissingError
 from streaminator.engine.kv_cache import KVCache, LayerShape, bytes_per_block
-from streaminator.engine.packed_linear import find_packable, pack_linear
+from streaminator.engine.packed_linear import Packer, find_packable, pack_linear
 from streaminator.engine.reproducible import separate_expert_rows
 from streaminator.errors import ConfigError, ModelError, first_line
 
@@ -40,7 +42,11 @@ class ModelRunner:
         if self.device.type == "cpu":
             separate_expert_rows(self.model)
         self._packs = config.packed_linear and self.device.type == "cpu"
-        self._packed: list[torch.nn.Linear] | None = None
+        self._has_kernels = self._packs and config.compiled_kernels
+        self._packer: Packer | None = None
+        self._packed: list[torch.nn.Linear] = []
+        self._fused: list[FusedLayer] = []
+        self._not_fused = ""
         self.shapes = self._probe()
 
     @property
@@ -80,15 +86,34 @@ class ModelRunner:
                 return set(ids) if isinstance(ids, list | tuple) else {ids}
         return set()
 
-    def pack_weights(self) -> None:
+    def pack_weights(self, block_size: int) -> None:
         """Pack the weights, the first time; the number of threads must stay from now on."""
-        if self._packed is None:
-            self._packed = find_packable(self.model) if self._packs else []
-            pack_linear(self._packed)
+        if self._packer is not None or not self._packs:
+            return
+        kernels = None
+        if self._has_kernels:
+            try:
+                kernels = Kernels(self.dtype)
+            except KernelsMissingError as error:
+                self._not_fused = str(error)
+        self._packer = Packer(kernels)
+        if kernels:
+            try:
+                self._fused = fuse_layers(self.model, self.shapes, block_size, self._packer)
+            except NotFusedError as error:
+                self._not_fused = str(error)
+        fused = {linear for layer in self._fused for linear in layer.linears}
+        self._packed = find_packable(self.model, self._packer, fused)
+        for layer in self._fused:
+            layer.install()
+        pack_linear(self._packed, self._packer)
 
     def repack_weights(self) -> None:
         """The weights have changed: pack again what is packed."""
-        pack_linear(self._packed or ())
+        if self._packer is not None:
+            pack_linear(self._packed, self._packer)
+        for layer in self._fused:
+            layer.pack()
 
     def make_cache(self, config: EngineConfig, max_length: int) -> KVCache:
         """Allocate the blocks: as many as a full stream can use, within the memory there is.
@@ -153,13 +178,19 @@ class ModelRunner:
     def describe_memory(self, cache: KVCache) -> str:
         """What weights and cache take, in words."""
         weights = sum(tensor.nbytes for tensor in {*self.model.parameters(), *self.model.buffers()})
-        packed = sum(layer.weight.nbytes for layer in self._packed or ())
+        packed = sum(layer.weight.nbytes for layer in self._packed)
+        packed += sum(layer.nbytes for layer in self._fused)
         per_block = bytes_per_block(self.shapes, cache.block_size, self.dtype)
         return (
             f"weights {(weights + packed) / 2**30:.2g} GiB; keys and values "
             f"{cache.num_blocks * per_block / 2**30:.2g} GiB, {cache.num_blocks:,} blocks of "
-            f"{cache.block_size} tokens"
+            f"{cache.block_size} tokens" + self._describe_layers()
         )
+
+    def _describe_layers(self) -> str:
+        if self._not_fused:
+            return f"; layers are not fused: {self._not_fused}"
+        return "; layers are fused" if self._fused else ""
 
     def memory_in_use(self) -> int:
         """Bytes: torch's on a GPU, this process's resident set on a CPU."""

@@ -1,69 +1,122 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers whose weights lie as oneDNN's matrix kernels read them.
+"""Linear layers whose weights lie as matrix kernels read them.
 
 On a CPU products of 8 to 64 rows, a stream's, take up to half the time so, in float32 and bfloat16, and
 a row's result does not depend on how many rows there are. That is tried for every shape; one for
-which it does not hold keeps the plain product.
+which it does not hold keeps the plain product. The kernels are this project's own on processors with
+AVX-512 (`csrc/products.c`), elsewhere, and in bfloat16 where there is AMX, oneDNN's.
 
-Used by: `model_runner`.
+Used by: `model_runner`, `fused_layers`.
 """
 
-from collections.abc import Iterable
-from functools import partial
-from typing import Any
+from collections.abc import Container, Iterable
+from typing import Any, Protocol
 
 import torch
+
+from streaminator.engine.kernels import Kernels
 
 _ROWS = (8, 16, 24, 32, 48, 64, 96, 136, 264)
 """Sizes of the batches that are tried."""
 _HINT = 16
-"""Rows that the layout is chosen for."""
+"""Rows that oneDNN's layout is chosen for."""
+
+
+class Product(Protocol):
+    """A product with a packed copy of weights [D', D], and a bias."""
+
+    nbytes: int
+    """Memory of the copy."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D']."""
+        ...
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The product, added to `residual` [..., D'] before it is rounded."""
+        ...
+
+
+class Packer:
+    """Packs weights, each shape in one way; the number of threads must stay.
+
+    Args:
+        kernels: this project's, if there are any.
+    """
+
+    def __init__(self, kernels: Kernels | None) -> None:
+        self._kernels = kernels
+        self._can_pack: dict[tuple[torch.Size, torch.dtype], bool] = {}
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+        """The product with the weights as they are now."""
+        kernels = self._kernels
+        if kernels and kernels.dtype == weight.dtype and kernels.has_product(*weight.shape):
+            return kernels.product(weight, bias)
+        return _OneDnnProduct(weight, bias)
+
+    @torch.inference_mode()
+    def can_pack(self, weight: torch.Tensor) -> bool:
+        """Whether packed products are there for this type, and each row's is the same in any batch."""
+        kind = weight.shape, weight.dtype
+        if kind not in self._can_pack:
+            self._can_pack[kind] = _has_packed(weight.dtype) and self._are_rows_equal(weight)
+        return self._can_pack[kind]
+
+    def _are_rows_equal(self, weight: torch.Tensor) -> bool:
+        packed = self.pack(weight, None)
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(_ROWS[-1], weight.shape[1], generator=generator).to(weight.dtype)
+        base = torch.randn(_ROWS[-1], weight.shape[0], generator=generator).to(weight.dtype)
+        products, sums = packed(rows), packed.add_to(base, rows)
+        return all(
+            torch.equal(packed(rows[:num]), products[:num])
+            and torch.equal(packed.add_to(base[:num], rows[:num]), sums[:num])
+            for num in _ROWS[:-1]
+        )
+
+
+def find_packable(
+    model: Any, packer: Packer, others: Container[torch.nn.Module] = ()
+) -> list[torch.nn.Linear]:
+    """The linear layers that can be packed, but for `others`."""
+    return [
+        module
+        for module in model.modules()
+        if type(module) is torch.nn.Linear
+        and module not in others
+        and packer.can_pack(module.weight.detach())
+    ]
 
 
 @torch.inference_mode()
-def find_packable(model: Any) -> list[torch.nn.Linear]:
-    """The linear layers that can be packed. The number of threads must stay from now on."""
-    if not torch.backends.mkldnn.is_available():
-        return []
-    are_packable: dict[tuple[torch.Size, torch.dtype], bool] = {}
-    found = []
-    for module in model.modules():
-        if type(module) is not torch.nn.Linear:
-            continue
-        kind = module.weight.shape, module.weight.dtype
-        if kind not in are_packable:
-            are_packable[kind] = _is_packable(module.weight.detach())
-        if are_packable[kind]:
-            found.append(module)
-    return found
-
-
-@torch.inference_mode()
-def pack_linear(layers: Iterable[torch.nn.Linear]) -> None:
+def pack_linear(layers: Iterable[torch.nn.Linear], packer: Packer) -> None:
     """Let layers compute with a packed copy of the weights they have now.
 
     Their own weights stay what `state_dict` gives, so that these layers take twice their memory.
     """
     for layer in layers:
-        layer.forward = partial(_linear, _pack(layer.weight.detach()), layer.bias)
+        layer.forward = packer.pack(layer.weight.detach(), layer.bias)
 
 
-def _pack(weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, _HINT)
+class _OneDnnProduct:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _HINT)
+        self._bias = bias
+        self.nbytes = weight.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise.binary(
+            x, residual, self._weight, self._bias, "add"
+        )
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None, input: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
-
-
-def _is_packable(weight: torch.Tensor) -> bool:
-    """Whether packed products are there for this type, and each row's is the same in any batch."""
-    if weight.dtype not in (torch.float32, torch.bfloat16):
+def _has_packed(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
         return False
-    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    packed = _pack(weight)
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(_ROWS[-1], weight.shape[1], generator=generator).to(weight.dtype)
-    all_rows = _linear(packed, None, rows)
-    return all(torch.equal(_linear(packed, None, rows[:num]), all_rows[:num]) for num in _ROWS[:-1])
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32

@@ -108,11 +108,16 @@ class Speculation:
             self.store.commit_all(gains)
 
     def observe_step(
-        self, num_tokens: int, num_prefill_tokens: int, gained: int, seconds: float
+        self,
+        num_tokens: int,
+        num_prefill_tokens: int,
+        gained: int,
+        num_accepted: int,
+        seconds: float,
     ) -> None:
-        """Learn what a step cost; see `DraftBudget.observe`."""
+        """Learn what a step cost and brought; see `DraftBudget.observe`."""
         if self.budget:
-            self.budget.observe(num_tokens, num_prefill_tokens, gained, seconds)
+            self.budget.observe(num_tokens, num_prefill_tokens, gained, num_accepted, seconds)
 
     def finish(self, sequence: Sequence, *, has_failed: bool) -> None:
         """A completion has ended."""

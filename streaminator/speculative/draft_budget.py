@@ -7,6 +7,9 @@ speed: n maximises (expected tokens) - speed * cost(n), whose fixed point is the
 tokens to seconds (Dinkelbach 1967). All slots compete for the same n tokens. So one slot drafts
 long, a stream that fills the hardware hardly at all, without a setting.
 
+Chances are taken times the share of what was expected of verified drafts that came true lately: those
+that are chosen are more often overrated than underrated (the optimizer's curse, Smith and Winkler 2006).
+
 Invariants
 - Changes speed, never a token.
 - A step verifies at most as many drafts as the widest measured step had tokens.
@@ -22,6 +25,7 @@ from numpy.typing import NDArray
 _RATE = 0.1  # of what a step took more or less than predicted is believed
 _DECAY = 0.98  # of the counts that speed is computed from, per step
 _SURPRISE = 0.5  # no step is believed to differ more than this share from its prediction
+_DOUBT = 4.0  # accepted tokens, as expected, that are supposed to have been seen before
 _MIN_FLOOR, _MAX_FLOOR = 0.02, 0.9
 
 
@@ -85,6 +89,13 @@ class DraftBudget:
         """Tokens less likely to be accepted need not be drafted."""
         self._tokens = 0.0
         self._seconds = 0.0
+        self._expected = self._accepted = 0.0
+        self._expects = 0.0
+
+    @property
+    def trust(self) -> float:
+        """Share of what was expected of verified drafts that came true lately."""
+        return (self._accepted + _DOUBT) / (self._expected + _DOUBT)
 
     def cut(self, survival: NDArray[np.float32], num_tokens: int, num: int) -> NDArray[np.bool_]:
         """Which drafted tokens to verify.
@@ -101,18 +112,25 @@ class DraftBudget:
         most = min(int(np.count_nonzero(survival)), self.costs.max_tokens)
         costs = self.costs(num_tokens + np.arange(most + 1))
         speed = self._tokens / self._seconds if self._seconds else num / costs[0]
-        order, best = _likeliest(survival, speed * costs)
+        trusted = survival * np.float32(min(self.trust, 1.0))
+        order, best = _likeliest(trusted, speed * costs)
         if best and (pays_again := speed * (costs[best] - costs[0]) / best) > 0:
             # A second choice that is right is computed once more, in the next step.
-            worth = survival * np.array([[1], [max(1 - pays_again, 0)]], np.float32)
+            worth = trusted * np.array([[1], [max(1 - pays_again, 0)]], np.float32)
             order, best = _likeliest(worth, speed * costs)
         self._move_floor(survival.flat[order], best)
         pays = np.zeros(survival.shape, bool)
         pays.flat[order[:best]] = True
+        self._expects = float(survival[pays].sum())
         return pays
 
     def observe(
-        self, num_tokens: int, num_prefill_tokens: int, gained: int, seconds: float
+        self,
+        num_tokens: int,
+        num_prefill_tokens: int,
+        gained: int,
+        num_accepted: int,
+        seconds: float,
     ) -> None:
         """Learn from a step.
 
@@ -120,8 +138,12 @@ class DraftBudget:
             num_tokens: packed.
             num_prefill_tokens: of them, such as the step computed whatever was drafted.
             gained: tokens added to completions.
+            num_accepted: of the drafted tokens, second choices included.
             seconds: the whole step.
         """
+        self._expected = _DECAY * self._expected + self._expects
+        self._accepted = _DECAY * self._accepted + num_accepted
+        self._expects = 0.0
         self.costs.observe(num_tokens, seconds)
         decode = float(self.costs(np.array(max(num_tokens - num_prefill_tokens, 1))))
         self._tokens = _DECAY * self._tokens + gained

@@ -83,8 +83,8 @@ def test_what_steps_really_cost_is_learned() -> None:
     survival = chains(*[[0.3]] * 8)
     assert budget.cut(survival, 8, 8).sum() == 8
     for _ in range(200):
-        budget.observe(8, 0, 8, 1.0)
-        budget.observe(16, 0, 9, 2.0)
+        budget.observe(8, 0, 8, 0, 1.0)
+        budget.observe(16, 0, 9, 1, 2.0)
     assert budget.cut(survival, 8, 8).sum() == 0
 
 

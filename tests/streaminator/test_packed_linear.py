@@ -7,13 +7,31 @@ import pytest
 import torch
 
 from streaminator.engine import packed_linear
+from streaminator.engine.kernels import Kernels, KernelsMissingError
 from streaminator.engine.model_runner import ModelRunner
-from streaminator.engine.packed_linear import find_packable, pack_linear
+from streaminator.engine.packed_linear import Packer, find_packable, pack_linear
 
 SHAPES = [(16, 16), (64, 320), (100, 37), (576, 1536), (1536, 576), (4096, 64)]
 
 
-def layers(dtype: torch.dtype) -> tuple[torch.nn.ModuleList, torch.nn.ModuleList]:
+@pytest.fixture(params=[False, True], ids=["oneDNN", "own"])
+def compiled(request: pytest.FixtureRequest) -> bool:
+    """Whether the products are those of this project's kernels."""
+    return request.param
+
+
+def make_packer(dtype: torch.dtype, compiled: bool) -> Packer:
+    if not compiled:
+        return Packer(None)
+    try:
+        return Packer(Kernels(dtype))
+    except KernelsMissingError as error:
+        pytest.skip(f"no compiled kernels: {error}")
+
+
+def layers(
+    dtype: torch.dtype, compiled: bool = False
+) -> tuple[torch.nn.ModuleList, torch.nn.ModuleList]:
     """The same random layers, plain and packed; every other one has a bias."""
     torch.manual_seed(0)
     plain = torch.nn.ModuleList(
@@ -21,7 +39,8 @@ def layers(dtype: torch.dtype) -> tuple[torch.nn.ModuleList, torch.nn.ModuleList
         for index, (num_in, num_out) in enumerate(SHAPES)
     )
     packed = copy.deepcopy(plain)
-    pack_linear(find_packable(packed))
+    packer = make_packer(dtype, compiled)
+    pack_linear(find_packable(packed, packer), packer)
     return plain, packed
 
 
@@ -30,17 +49,29 @@ def layers(dtype: torch.dtype) -> tuple[torch.nn.ModuleList, torch.nn.ModuleList
 )
 @torch.inference_mode()
 def test_a_packed_layer_computes_what_the_plain_one_does(
-    dtype: torch.dtype, tolerance: float
+    dtype: torch.dtype, tolerance: float, compiled: bool
 ) -> None:
-    for plain, packed in zip(*layers(dtype), strict=True):
+    for plain, packed in zip(*layers(dtype, compiled), strict=True):
         rows = torch.randn(1, 24, plain.in_features, dtype=dtype)
         torch.testing.assert_close(packed(rows), plain(rows), rtol=tolerance, atol=tolerance)
 
 
 @torch.inference_mode()
-def test_a_row_is_the_same_in_any_batch() -> None:
-    for layer in layers(torch.float32)[1]:
-        rows = torch.randn(160, layer.in_features)
+def test_a_residual_is_added_to_a_product(compiled: bool) -> None:
+    for plain, packed in zip(*layers(torch.float32, compiled), strict=True):
+        if "forward" in vars(packed):
+            rows, residual = torch.randn(11, plain.in_features), torch.randn(11, plain.out_features)
+            added = packed.forward.add_to(residual, rows)
+            torch.testing.assert_close(added, residual + plain(rows), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_a_row_is_the_same_in_any_batch(dtype: torch.dtype, compiled: bool) -> None:
+    for layer in layers(dtype, compiled)[1]:
+        if "forward" not in vars(layer):
+            continue
+        rows = torch.randn(160, layer.in_features, dtype=dtype)
         all_rows = layer(rows)
         for start, num in ((0, 8), (8, 16), (16, 40), (56, 104)):
             part = layer(rows[start : start + num].contiguous())
@@ -51,12 +82,11 @@ def test_a_row_is_the_same_in_any_batch() -> None:
 def test_a_layer_whose_rows_would_depend_on_the_batch_stays_plain(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    product = packed_linear._linear
+    class Depends(packed_linear._OneDnnProduct):
+        def __call__(self, x):
+            return super().__call__(x) + (1e-3 if len(x) > 100 else 0)
 
-    def depends(weight, bias, input):
-        return product(weight, bias, input) + (1e-3 if len(input) > 100 else 0)
-
-    monkeypatch.setattr(packed_linear, "_linear", depends)
+    monkeypatch.setattr(packed_linear, "_OneDnnProduct", Depends)
     for plain, packed in zip(*layers(torch.float32), strict=True):
         rows = torch.randn(128, plain.in_features)
         assert torch.equal(packed(rows), plain(rows))
@@ -68,7 +98,7 @@ def test_types_without_packed_products_stay_plain() -> None:
 
 
 def test_new_weights_are_packed_again(llama: ModelRunner) -> None:
-    llama.pack_weights()
+    llama.pack_weights(block_size=16)
     layer = llama.model.lm_head
     rows = torch.randn(8, layer.in_features)
     with torch.inference_mode():

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Vectors of 16 floats, which the compiler maps to what the processor has, and weights of the type that
+// is compiled for (-DBF16=0|1).
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+#if BF16
+typedef uint16_t scalar;
+
+static inline vec load(const scalar *at) {
+    halves read;
+    memcpy(&read, at, sizeof read);
+    return (vec)(__builtin_convertvector(read, bits) << 16);
+}
+
+static inline vec rounded(vec x) {
+    bits raw = (bits)x, nearest = (raw + 0x7fff + ((raw >> 16) & 1)) & 0xffff0000u;
+    bits is_nan = (bits)(x != x);
+    return (vec)((nearest & ~is_nan) | (0x7fc00000u & is_nan));
+}
+
+static inline void store(scalar *at, vec x) {
+    halves write = __builtin_convertvector((bits)rounded(x) >> 16, halves);
+    memcpy(at, &write, sizeof write);
+}
+
+static inline float get(scalar x) {
+    uint32_t raw = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &raw, sizeof value);
+    return value;
+}
+#else
+typedef float scalar;
+
+static inline vec load(const scalar *at) {
+    vec read;
+    memcpy(&read, at, sizeof read);
+    return read;
+}
+
+static inline vec rounded(vec x) { return x; }
+
+static inline void store(scalar *at, vec x) { memcpy(at, &x, sizeof x); }
+
+static inline float get(scalar x) { return x; }
+#endif
+
+static inline vec loadf(const float *at) {
+    vec read;
+    memcpy(&read, at, sizeof read);
+    return read;
+}
+
+static inline void storef(float *at, vec x) { memcpy(at, &x, sizeof x); }
+
+static inline vec spread(float x) { return x - (vec){0}; }
+
+static inline vec choose(ints where, vec a, vec b) {
+    return (vec)(((bits)a & (bits)where) | ((bits)b & ~(bits)where));
+}
+
+static inline vec larger(vec a, vec b) { return choose(a > b, a, b); }
+
+static float sum_of(vec x) {
+    float sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += x[lane];
+    return sum;
+}
+
+static float largest_of(vec x) {
+    float most = x[0];
+    for (int lane = 1; lane < LANES; lane++) most = x[lane] > most ? x[lane] : most;
+    return most;
+}
+
+// e^x within about an ulp; exactly 0 below -87, so that masked keys add nothing (Cephes, expf).
+static inline vec exp_of(vec x) {
+    ints is_zero = x < -87.0f;
+    x = choose(x > 88.0f, spread(88.0f), choose(is_zero, spread(-87.0f), x));
+    vec shifted = x * 1.44269504f + 12582912.0f;  // rounds to a whole number in the low bits
+    vec n = shifted - 12582912.0f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = spread(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    ints power = __builtin_convertvector(n, ints);
+    vec result = p * (vec)((power + 127) << 23);
+    return choose(is_zero, spread(0), result);
+}
+
+// Numbers that a multiplication takes at a time: in bfloat16 two, which lie side by side.
+#define PAIR (BF16 ? 2 : 1)
+#if BF16
+typedef uint32_t pair;
+#else
+typedef float pair;
+#endif
+
+static inline pair pair_at(const scalar *at) {
+    pair read;
+    memcpy(&read, at, sizeof read);
+    return read;
+}
+
+// sum + the products of LANES pairs at `at` with one pair, in this order.
+static inline vec add_products(vec sum, const scalar *at, pair factor) {
+#if BF16 && defined __AVX512BF16__
+    __m512bh many = (__m512bh)_mm512_loadu_si512(at), one = (__m512bh)_mm512_set1_epi32((int)factor);
+    return (vec)_mm512_dpbf16_ps((__m512)sum, many, one);
+#elif BF16
+    bits many;
+    memcpy(&many, at, sizeof many);
+    sum += (vec)(many << 16) * get((scalar)factor);
+    return sum + (vec)(many & 0xffff0000u) * get((scalar)(factor >> 16));
+#else
+    return sum + load(at) * factor;
+#endif
+}

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Llama-like decoder layers on a CPU as four matrix products and four kernels.
+
+As transformers runs it, such a layer is some fifty operations on a few rows each, which take as long
+as the products. A layer is fused when it has the parts named below and, tried on made-up rows,
+computes what it computed before; so a layer that looks alike and is not stays as it is. All
+layers of a model are fused, or none: keys lie differently in the cache (`csrc/layers.c`).
+
+    norm -> q, k, v -> rotate, write, attend -> o + residual -> norm -> gate, up -> silu * -> down + residual
+
+Used by: `model_runner`.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from streaminator.engine.attention import Stream
+from streaminator.engine.batch import pack
+from streaminator.engine.kernels import (
+    BLOCK_SIZE,
+    Kernels,
+    KernelsMissingError,
+    lines_of,
+    shape_of,
+)
+from streaminator.engine.kv_cache import KVCache, LayerShape
+from streaminator.engine.packed_linear import Packer
+from streaminator.sequence import Prompt
+from streaminator.sequence import Sequence as TokenSequence
+
+_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj"}
+
+
+class NotFusedError(Exception):
+    """A model's layers stay as they are, for the reason given."""
+
+
+class FusedLayer:
+    """One layer; takes the place of its `forward`."""
+
+    def __init__(self, layer: Any, shape: LayerShape, kernels: Kernels, packer: Packer) -> None:
+        self._layer = layer
+        self._kernels = kernels
+        self._packer = packer
+        attention, mlp = layer.self_attn, layer.mlp
+        self._index: int = attention.layer_idx
+        self._norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        self._head_norms = [attention.q_norm, attention.k_norm] if _has_norms(attention) else []
+        self._sources = [
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            [attention.o_proj],
+            [mlp.gate_proj, mlp.up_proj],
+            [mlp.down_proj],
+        ]
+        num_heads = attention.o_proj.in_features // shape.key_dim
+        norms = [norm.weight for norm in self._head_norms]
+        eps = _eps(self._head_norms[0]) if norms else 0.0
+        self._shape = shape_of(shape, num_heads, eps, (norms[0], norms[1]) if norms else None)
+        self.pack()
+
+    @property
+    def linears(self) -> list[torch.nn.Linear]:
+        """The layers whose products this computes."""
+        return [linear for joined in self._sources for linear in joined]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weights."""
+        return sum(product.nbytes for product in self._products)
+
+    def pack(self) -> None:
+        """Pack the weights as they are now."""
+        self._products = [
+            self._packer.pack(_join(layers), _bias(layers)) for layers in self._sources
+        ]
+
+    def can_pack(self) -> bool:
+        """Whether its products give a row the same result in any batch."""
+        return all(self._packer.can_pack(_join(layers)) for layers in self._sources)
+
+    def install(self) -> None:
+        """From now on the layer runs fused."""
+        self._layer.forward = self
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        *_: Any,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        stream: Stream,
+        **__: Any,
+    ) -> torch.Tensor:
+        """[1, T, D] -> [1, T, D]."""
+        assert stream.cache is not None
+        kernels = self._kernels
+        qkv, output, gate_up, down = self._products
+        first, second = self._norms
+        x = hidden_states[0]
+        cosine, sine = position_embeddings
+        attended = kernels.attend(
+            qkv(kernels.rms_norm(x, first.weight, _eps(first))),
+            (cosine[0].contiguous(), sine[0].contiguous()),
+            stream.cache.layer(self._index),
+            self._shape,
+            lines_of(stream.batch.lines),
+        )
+        x = output.add_to(x, attended)
+        both = gate_up(kernels.rms_norm(x, second.weight, _eps(second)))
+        return down.add_to(x, kernels.silu_mul(both))[None]
+
+
+def fuse_layers(
+    model: Any, shapes: dict[int, LayerShape], block_size: int, packer: Packer
+) -> list[FusedLayer]:
+    """All decoder layers of a model, tried, not installed yet.
+
+    Raises: NotFusedError naming the reason.
+    """
+    decoder = model.get_decoder()
+    layers: Sequence[Any] = getattr(decoder, "layers", ())
+    if len(layers) != len(shapes) or not hasattr(decoder, "rotary_emb"):
+        raise NotFusedError(f"{type(model).__name__} is not built like a Llama")
+    if block_size != BLOCK_SIZE:
+        raise NotFusedError(f"they need --block_size {BLOCK_SIZE}")
+    for layer in layers:
+        _check(layer, shapes)
+    dtype = layers[0].mlp.down_proj.weight.dtype
+    try:
+        kernels = {d: Kernels(d, shapes[0].key_dim) for d in {dtype, torch.float32}}
+    except KernelsMissingError as error:
+        raise NotFusedError(f"kernels: {error}") from error
+    trial = kernels[torch.float32], Packer(kernels[torch.float32])
+    fused = []
+    for layer in layers:
+        shape = shapes[layer.self_attn.layer_idx]
+        if not _computes_the_same(layer, decoder, shape, *trial):
+            raise NotFusedError(f"{type(layer).__name__} computes something else than a Llama's")
+        fused.append(FusedLayer(layer, shape, kernels[dtype], packer))
+        if not fused[-1].can_pack():
+            raise NotFusedError("a row of its products is not the same in any batch")
+    return fused
+
+
+def _check(layer: Any, shapes: dict[int, LayerShape]) -> None:
+    """Raises: NotFusedError when a layer has not the parts that are known, and no others."""
+    name = type(layer).__name__
+    if {child for child, _ in layer.named_children()} != _PARTS:
+        raise NotFusedError(f"{name} has other parts than a Llama's")
+    attention, mlp = layer.self_attn, layer.mlp
+    shape = shapes[attention.layer_idx]
+    parts = {child for child, _ in attention.named_children()} - {"rotary_emb"}
+    if parts not in (_ATTENTION, _ATTENTION | _NORMS):
+        raise NotFusedError(f"{type(attention).__name__} has other parts than a Llama's")
+    if {child for child, _ in mlp.named_children()} - {"act_fn"} != _MLP:
+        raise NotFusedError(f"{type(mlp).__name__} has other parts than a Llama's")
+    products = [getattr(attention, part) for part in _ATTENTION] + [getattr(mlp, p) for p in _MLP]
+    if any(type(product) is not torch.nn.Linear for product in products):
+        raise NotFusedError(f"{name} has products of other kinds than torch's Linear")
+    if len({product.weight.dtype for product in products}) > 1:
+        raise NotFusedError(f"{name} has weights of several types")
+    sizes = (mlp.down_proj.in_features, mlp.down_proj.out_features, shape.key_dim)
+    if any(size % 16 for size in sizes) or shape.value_dim != shape.key_dim or shape.softcap:
+        raise NotFusedError(f"{name} has sizes or scores that the kernels do not know")
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    head_norms = [attention.q_norm, attention.k_norm] if _has_norms(attention) else []
+    dims = [sizes[1]] * 2 + [shape.key_dim] * len(head_norms)
+    for norm, dim in zip(norms + head_norms, dims, strict=True):
+        is_known = getattr(norm, "weight", None) is not None and _eps(norm) is not None
+        if not is_known or norm.weight.shape != (dim,) or getattr(norm, "bias", None) is not None:
+            raise NotFusedError(f"{type(norm).__name__} is not a Llama's norm")
+
+
+@torch.inference_mode()
+def _computes_the_same(
+    layer: Any, decoder: Any, shape: LayerShape, kernels: Kernels, packer: Packer
+) -> bool:
+    """Whether the fused layer agrees with the layer, both in float32, on made-up rows."""
+    layer = copy.deepcopy(layer).float()
+    index: int = layer.self_attn.layer_idx
+    generator = torch.Generator().manual_seed(index)
+    device = torch.device("cpu")
+    results = []
+    for forward in (layer.forward, FusedLayer(layer, shape, kernels, packer)):
+        generator.manual_seed(index)
+        options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        cache = KVCache({index: shape}, num_blocks=8, block_size=BLOCK_SIZE, **options)
+        deltas = []
+        for batch in _made_up_steps():
+            x = torch.randn(
+                1, batch.positions.shape[1], layer.mlp.down_proj.out_features, generator=generator
+            )
+            rotary = decoder.rotary_emb(x, position_ids=batch.positions)
+            stream = Stream(batch, cache, {})
+            result = forward(x, position_embeddings=rotary, stream=stream, attention_mask=None)
+            if not isinstance(result, torch.Tensor):
+                return False
+            deltas.append((result - x)[0, : batch.num_tokens])
+        results.append(torch.cat(deltas))
+    plain, fused = results
+    # What rows are is about 1; float32 keeps 1e-7 of it.
+    return bool((plain - fused).abs().max() <= 1e-3 * plain.abs().max() + 1e-5)
+
+
+def _made_up_steps() -> list[Any]:
+    """Two sequences' prefill, then a step with drafts and a second choice."""
+    prompt = Prompt(prompt_id="", token_ids=(0,) * 40, text="", question="")
+    lengths, tables = (21, 40), ([1, 2], [3, 4, 5])
+    first = [
+        TokenSequence(prompt, 0, [0] * n, 0, 0, 0.0, block_table=t, num_scheduled_tokens=n)
+        for n, t in zip(lengths, tables, strict=True)
+    ]
+    then = [
+        TokenSequence(
+            prompt, 0, [0] * (n + 1), 0, 0, 0.0,
+            block_table=t, num_cached_tokens=n, num_scheduled_tokens=1, draft=[0] * 3,
+            alternatives={1: 0},
+        )
+        for n, t in zip(lengths, tables, strict=True)
+    ]  # fmt: skip
+    device = torch.device("cpu")
+    return [pack(step, block_size=BLOCK_SIZE, device=device) for step in (first, then)]
+
+
+def _has_norms(attention: Any) -> bool:
+    return getattr(attention, "q_norm", None) is not None
+
+
+def _eps(norm: Any) -> Any:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def _join(layers: Sequence[torch.nn.Linear]) -> torch.Tensor:
+    weights = [layer.weight.detach() for layer in layers]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+
+def _bias(layers: Sequence[torch.nn.Linear]) -> torch.Tensor | None:
+    if all(layer.bias is None for layer in layers):
+        return None
+    return torch.cat(
+        [
+            layer.weight.new_zeros(layer.out_features)
+            if layer.bias is None
+            else layer.bias.detach()
+            for layer in layers
+        ]
+    )

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled kernels of `csrc/`, called on tensors.
+
+They are compiled when a model is first loaded, in a second, by the C compiler of the machine (`CC`,
+else cc, gcc or clang), for its own processor, and kept in the user's cache folder.
+
+Used by: `fused_layers`, `packed_linear`.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streaminator.engine.batch import Lines
+from streaminator.engine.kv_cache import LayerShape
+
+BLOCK_SIZE = 16
+"""Tokens of a KV block: the kernels read a block's keys as one vector."""
+_SOURCES = sorted((Path(__file__).parent / "csrc").iterdir())
+_PANEL = 32
+"""Outputs that a product's kernel computes together."""
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-w")
+_TIMEOUT = 120.0
+
+
+class KernelsMissingError(Exception):
+    """There are no kernels, for the reason given."""
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        ("num_heads", ctypes.c_int64),
+        ("num_kv_heads", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        ("window", ctypes.c_int64),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
+    )
+
+
+class _Lines(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_written", "num_sequences")),
+        *((name, ctypes.c_int64) for name in ("num_own", "table_width")),
+        *((name, ctypes.c_void_p) for name in ("slots", "starts", "counts", "firsts", "tables")),
+    )
+
+
+class Kernels:
+    """Kernels for one type of weights and one head dim; every tensor is contiguous and of it.
+
+    Shapes: T packed rows, D width of a row, N heads, K KV heads, H head dim.
+    """
+
+    def __init__(self, dtype: torch.dtype, head_dim: int = 16) -> None:
+        """Compile them, or load what was compiled before. The number of threads stays from now on.
+
+        Raises: KernelsMissingError when that cannot be done.
+        """
+        self.dtype = dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise KernelsMissingError(f"none for {dtype}")
+        if head_dim % 16:
+            raise KernelsMissingError(f"none for heads of {head_dim}: a multiple of 16 is needed")
+        self._library = _load(dtype == torch.bfloat16, head_dim)
+        self._num_threads = torch.get_num_threads()
+        has_amx = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+        self._has_products = bool(self._library.are_products_fast()) and not has_amx
+
+    def has_product(self, num_outputs: int, num_inputs: int) -> bool:
+        """Whether there is a product for weights of this shape, and none faster is known."""
+        return self._has_products and num_outputs % _PANEL == 0 and num_inputs % 2 == 0
+
+    def product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "KernelProduct":
+        """The product with a packed copy of `weight` [D', D]; see `packed_linear.Product`."""
+        return KernelProduct(self._library, self._num_threads, weight, bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """[T, D] -> [T, D]."""
+        out = torch.empty_like(x)
+        self._library.rms_norm(
+            x.data_ptr(), weight.data_ptr(), out.data_ptr(), *x.shape, eps, self._num_threads
+        )
+        return out
+
+    def silu_mul(self, both: torch.Tensor) -> torch.Tensor:
+        """Gate and up [T, 2 D] -> silu(gate) * up [T, D]."""
+        num_rows, width = both.shape
+        out = both.new_empty(num_rows, width // 2)
+        self._library.silu_mul(
+            both.data_ptr(), out.data_ptr(), num_rows, width // 2, self._num_threads
+        )
+        return out
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: tuple[torch.Tensor, torch.Tensor],
+        shape: _Shape,
+        lines: _Lines,
+    ) -> torch.Tensor:
+        """Rotate, write keys and values to their blocks, attend.
+
+        Args:
+            qkv: [T, (N + 2 K) * H].
+            rotary: cosine and sine [T, H].
+            cache: a layer's keys and values, of which a block holds [K, H, S] and [K, S, H].
+            shape: of `shape_of`.
+            lines: of `lines_of`.
+
+        Returns: [T, N * H]; rows of no sequence are 0.
+        """
+        width = shape.num_heads * rotary[0].shape[1]
+        out = qkv.new_empty(len(qkv), width)
+        out[lines.num_rows :] = 0
+        pointers = (t.data_ptr() for t in (qkv, *rotary, *cache, out))
+        failed = self._library.attend(
+            *pointers, ctypes.byref(shape), ctypes.byref(lines), self._num_threads
+        )
+        if failed:
+            raise MemoryError("no memory for the scores of attention")
+        return out
+
+
+class KernelProduct:
+    """A product with packed weights; a `packed_linear.Product`."""
+
+    def __init__(
+        self, library: Any, num_threads: int, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        self._library, self._num_threads = library, num_threads
+        self._num_outputs, self._num_inputs = weight.shape
+        self._bias = bias
+        weight = weight.contiguous()
+        self._packed = torch.empty_like(weight)
+        self.nbytes = weight.nbytes
+        library.pack_weight(weight.data_ptr(), self._packed.data_ptr(), *weight.shape)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D']."""
+        return self._run(x, None)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The product, added to `residual` [..., D'] before it is rounded."""
+        return self._run(x, residual.contiguous())
+
+    def _run(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], self._num_outputs)
+        failed = self._library.product(
+            x.data_ptr(),
+            self._packed.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            x.numel() // self._num_inputs,
+            self._num_outputs,
+            self._num_inputs,
+            self._num_threads,
+        )
+        if failed:
+            raise MemoryError("no memory for the rows of a product")
+        return out
+
+
+def shape_of(
+    layer: LayerShape,
+    num_heads: int,
+    eps: float = 0.0,
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> _Shape:
+    """A layer's attention; `norms` [H] of queries and keys, if it has any, must outlive it."""
+    pointers = (None, None) if norms is None else (n.data_ptr() for n in norms)
+    window = 1 << 40 if layer.window is None else layer.window
+    return _Shape(num_heads, layer.num_heads, layer.scale, eps, window, *pointers)
+
+
+def lines_of(lines: Lines) -> _Lines:
+    """A batch's lines, which must outlive what is returned."""
+    arrays = (lines.slots, lines.starts, lines.counts, lines.firsts, lines.tables)
+    assert all(array.dtype == "int64" and array.flags.c_contiguous for array in arrays)
+    return _Lines(
+        int(lines.counts.sum()),
+        len(lines.slots),
+        len(lines.starts),
+        lines.num_seconds,
+        lines.tables.shape[1],
+        *(array.ctypes.data for array in arrays),
+    )
+
+
+@cache
+def _load(is_bf16: bool, head_dim: int) -> Any:
+    library = ctypes.CDLL(str(_compile(is_bf16, head_dim)))
+    integer, pointer = ctypes.c_int64, ctypes.c_void_p
+    number = ctypes.c_int
+    library.rms_norm.argtypes = (*(pointer,) * 3, integer, integer, ctypes.c_float, number)
+    library.silu_mul.argtypes = (*(pointer,) * 2, integer, integer, number)
+    library.attend.argtypes = (*(pointer,) * 8, number)
+    library.pack_weight.argtypes = (*(pointer,) * 2, integer, integer)
+    library.product.argtypes = (*(pointer,) * 5, *(integer,) * 3, number)
+    for procedure in (library.rms_norm, library.silu_mul, library.pack_weight):
+        procedure.restype = None
+    return library
+
+
+def _compile(is_bf16: bool, head_dim: int) -> Path:
+    """The library's path. Who compiles it at the same time as another makes the same file."""
+    compiler = _compiler()
+    flags = [*_FLAGS, f"-DBF16={int(is_bf16)}", f"-DHEAD_DIM={head_dim}", f"-DBLOCK={BLOCK_SIZE}"]
+    told = [
+        *(source.read_bytes() for source in _SOURCES),
+        " ".join([*compiler, *flags]).encode(),
+        _processor(),
+    ]
+    name = f"kernels-{hashlib.blake2b(b'|'.join(told), digest_size=12).hexdigest()}.so"
+    sources = [source for source in _SOURCES if source.suffix == ".c"]
+    folder = _folder()
+    if (folder / name).is_file():
+        return folder / name
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as file:
+        new = Path(file.name)
+    try:
+        subprocess.run(
+            [*compiler, *flags, *map(str, sources), "-o", str(new), "-lm"],
+            check=True, capture_output=True, timeout=_TIMEOUT,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        new.unlink(missing_ok=True)
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+        reason = said.split("\n", 1)[0] or str(error)
+        raise KernelsMissingError(f"{compiler[0]} does not compile them ({reason})") from error
+    return new.replace(folder / name)
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CC", ""))
+    for command in ([named] if named else []) + [["cc"], ["gcc"], ["clang"]]:
+        if shutil.which(command[0]):
+            return command
+    raise KernelsMissingError("there is no C compiler; install gcc, or name one in CC")
+
+
+def _folder() -> Path:
+    """Where libraries are kept: the user's own, since what lies there is run."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(root) / "streaminator"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return _own_folder()
+
+
+@cache
+def _own_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="streaminator-"))
+
+
+def _processor() -> bytes:
+    """What `-march=native` looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n", 1)[0].splitlines()
+        kept = (b"vendor_id", b"cpu family", b"model", b"flags", b"Features")
+        return b"\n".join(line for line in lines if line.startswith(kept))
+    except OSError:
+        return platform.processor().encode()
