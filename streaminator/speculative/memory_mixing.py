@@ -23,6 +23,7 @@ from streaminator.speculative.memory_records import (
     entry_of,
     jit,
     jit_inline,
+    prefetch,
 )
 from streaminator.speculative.memory_tables import (
     GAPPED,
@@ -37,6 +38,7 @@ from streaminator.speculative.memory_tables import (
 MAX_CANDIDATES = MAX_REFS = 64
 ENOUGH = 0.03
 """Of the mass may stay unexplained: what is left hardly changes the draft."""
+_LITTLE = 0.02  # mass of a context whose records are not looked at
 _LIGHT = 0.05  # a record that gets less of the mass is not read, unless none gets more
 _FAINT = 0.002  # mass of a record's entry that is not looked at
 _LEAST = 0.001  # mass that makes a candidate
@@ -92,6 +94,8 @@ def mix_tier(
         here = rest * part
         rest *= 1 - part
         if np.int64(rows[row, 1]) & RECORDS:
+            if here < _LITTLE:
+                continue
             num = 0
             while num < NUM_CELLS and rows[row, 2 + num] != EMPTY:
                 num += 1
@@ -103,6 +107,7 @@ def mix_tier(
                     if slot == num_refs:
                         num_refs += 1
                         refs[slot], parts[slot] = cell, 0.0
+                        prefetch(rows, table[START] - 2 - min(cell, -2))
                     parts[slot] += here / num
         else:
             size = _mix_list(
