@@ -61,7 +61,7 @@ from streaminator.speculative.memory_tables import (
     hash_contexts,
 )
 
-_HOPELESS = 0.03  # of the best candidate's mass: the noise would have to be rare
+_HOPELESS = 0.01  # of the best candidate's mass: the noise would have to be rare
 _ENOUGH_TRIALS = 64
 """Hits after which all strengths of the noise are tried at every fourth place only."""
 

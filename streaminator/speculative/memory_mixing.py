@@ -36,10 +36,10 @@ from streaminator.speculative.memory_tables import (
 )
 
 MAX_CANDIDATES = MAX_REFS = 64
-ENOUGH = 0.03
+ENOUGH = 0.02
 """Of the mass may stay unexplained: what is left hardly changes the draft."""
-_LITTLE = 0.02  # mass of a context whose records are not looked at
-_LIGHT = 0.05  # a record that gets less of the mass is not read, unless none gets more
+_LITTLE = 0.01  # mass of a context whose records are not looked at
+_LIGHT = 0.03  # a record that gets less of the mass is not read, unless none gets more
 _FAINT = 0.002  # mass of a record's entry that is not looked at
 _LEAST = 0.001  # mass that makes a candidate
 _MIXTURES = 512
@@ -197,7 +197,14 @@ def _mix_list(
             if token == EMPTY:
                 return size
             mass = scale * rows[at, column + 2 * index + 1]
-            size = _mix_in(token, mass, seen, clock, recency, tokens, masses, ages, size, hints)
+            # Lists are short: what is there already is soon found.
+            slot = 0
+            while slot < size and tokens[slot] != token:
+                slot += 1
+            if slot < size:
+                masses[slot] += mass * recency[ages[slot], 2]
+            elif size < MAX_CANDIDATES and mass >= _LEAST:
+                size = _mix_in(token, mass, seen, clock, recency, tokens, masses, ages, size, hints)
         if rows[at, 6] < 0:
             return size
         at = table[START] + rows[at, 6]

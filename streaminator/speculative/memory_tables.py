@@ -28,6 +28,7 @@ from streaminator.speculative.memory_records import (
     Rows,
     jit,
     jit_inline,
+    mass_in_cell,
     num_rows_of,
     prefetch,
     push_cell,
@@ -51,6 +52,7 @@ SCALE = 1024
 MAX_OVERFLOW = 5
 """Overflow rows per context: 2 + 5 * 3 = 17 continuations; the least makes room for a new one."""
 ROW_BYTES = 32
+_FORETOLD = 0.25  # of a distribution: such a token was known
 
 # Columns of a table's record.
 START, NUM_SLOTS, NUM_ROWS, USED_SLOTS, USED_OVERFLOW, CLOCK = range(6)
@@ -272,12 +274,9 @@ def count_token(
             rows[row, 2:7] = EMPTY
             rows[row, 3] = EMPTY if has_record else 0
             rows[row, 5] = EMPTY if has_record else 0
-        elif not is_gapped:
-            # What has a distribution gains little from the next one, whatever was drawn.
-            has_cells = np.int64(rows[row, 1]) & RECORDS
-            if has_cells or _weight_of(rows, table, row, token) > 0:
-                num_knew += 1
-                knew = min(knew, place)
+        elif not is_gapped and _knows(rows, table, row, token):
+            num_knew += 1
+            knew = min(knew, place)
         rows[row, 7] = table[CLOCK]
         if has_record or np.int64(rows[row, 1]) & RECORDS:
             push_cell(rows, row, cell, num_entries)
@@ -286,6 +285,14 @@ def count_token(
             rows[row, 1] += SCALE
             add(rows, table, row, token)
     return knew
+
+
+@jit
+def _knows(rows: Rows, table: Ints, row: int, token: int) -> bool:
+    """Whether a context foretold a token; of distributions the newest one decides."""
+    if np.int64(rows[row, 1]) & RECORDS:
+        return mass_in_cell(rows, table[START], np.int64(rows[row, 2]), token) >= _FORETOLD
+    return _weight_of(rows, table, row, token) > 0
 
 
 @jit
