@@ -16,13 +16,13 @@ Invariants
 
 A token that is new in all its contexts costs 11 rows of 32 bytes in its prompt's table and 6 in the
 shared one; tables are between 0.4 and 0.8 full: 440 to 880 bytes and 240 to 480. A token already
-known in its contexts costs nothing. Beside the tables an open prompt holds 16 KiB: where which token
-stood last.
+known in its contexts costs nothing, its distribution at most two rows in either table. Beside the
+tables an open prompt holds 16 KiB: where which token stood last.
 
 Used by: `memory_store` (the stream), `replay`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain, repeat
 from typing import NamedTuple
 
@@ -48,13 +48,14 @@ from streaminator.speculative.memory_tables import (
     Ints,
     rebuild,
 )
+from streaminator.speculative.memory_texts import NOTHING, chunks, no_distributions, steps
 
 MAX_DRAFT = 64
 """No draft is longer."""
 _MIN_ROWS = 256
 _SHARED = 0
 _CHUNK = 512  # tokens learned between two looks at the room left
-_NOTHING = np.zeros(0, np.int64)
+_ROWS_PER_CONTEXT = (1, 1 + 2 / NUM_SHARED_CONTEXTS)  # its own, and its part of a record
 
 
 class Drafts(NamedTuple):
@@ -231,7 +232,7 @@ class Memory:
         lengths: Ints,
         top_ids: Ints | None = None,
         top_probs: NDArray[np.float32] | None = None,
-        rejected: Ints = _NOTHING,
+        rejected: Ints = NOTHING,
         num_rejected: Ints | None = None,
     ) -> None:
         """Append the tokens drawn in a step and learn from them.
@@ -247,11 +248,13 @@ class Memory:
             num_rejected: [n] how many belong to each; default: none.
         """
         if top_ids is None or top_probs is None:
-            top_ids, top_probs = _no_distributions(len(tokens) + len(rejected))
+            top_ids, top_probs = no_distributions(len(tokens) + len(rejected))
         if num_rejected is None:
             num_rejected = np.zeros_like(lengths)
         if self._learns_completions:
-            self._make_room(handles, lengths + num_rejected, 1 + top_ids.shape[1] / 4)
+            self._make_room(
+                handles, lengths + num_rejected, _ROWS_PER_CONTEXT[top_ids.shape[1] > 0]
+            )
         learning.learn(
             self._arena.rows, self._tables, self._running, self._tails, handles, tokens, lengths,
             rejected, num_rejected, top_ids, top_probs, self._mixing, self._seen, self._recency, self._num_learned, self._hits, self._second_hits, self._noise_hits, self._predictions,
@@ -269,10 +272,12 @@ class Memory:
         """Count a text without judging drafts by it."""
         handles = np.array([handle])
         chunk = max(1, min(_CHUNK, self._max_rows // 64))
-        steps = _chunks(token_ids, chunk) if top is None else _steps(token_ids, top)
-        for tokens, rejected, top_ids, top_probs in steps:
+        pieces = chunks(token_ids, chunk) if top is None else steps(token_ids, top)
+        for tokens, rejected, top_ids, top_probs in pieces:
             lengths, num_rejected = np.array([len(tokens)]), np.array([len(rejected)])
-            self._make_room(handles, lengths + num_rejected, 1 + top_ids.shape[1] / 4)
+            self._make_room(
+                handles, lengths + num_rejected, _ROWS_PER_CONTEXT[top_ids.shape[1] > 0]
+            )
             learning.learn(
                 self._arena.rows, self._tables, self._running, self._tails, handles, tokens,
                 lengths, rejected, num_rejected, top_ids, top_probs, self._mixing, self._seen,
@@ -313,7 +318,8 @@ class Memory:
         overflow = records[..., NUM_ROWS] - slots
         full = records[..., USED_SLOTS] + num_contexts > 0.8 * slots
         # A full list only forgets its least token: overflow may run short, slots may not.
-        full |= records[..., USED_OVERFLOW] > 0.95 * overflow
+        more = num_contexts * (rows_per_context - 1)
+        full |= records[..., USED_OVERFLOW] + more > 0.95 * overflow
         return full & (slots > 0)
 
     def _grow(self, table: int, num_contexts: int, rows_per_context: float) -> None:
@@ -365,35 +371,3 @@ class Memory:
         if held[NUM_ROWS]:
             self._arena.free(int(held[START]), int(held[NUM_ROWS]))
         self._tables[table, :CLOCK] = 0
-
-
-def _no_distributions(num: int) -> tuple[Ints, NDArray[np.float32]]:
-    return np.zeros((num, 0), np.int64), np.zeros((num, 0), np.float32)
-
-
-_Step = tuple[Ints, Ints, Ints, NDArray[np.float32]]
-"""Tokens, rejected drafts, and the distributions as `Memory.commit` takes them."""
-
-
-def _chunks(token_ids: Sequence[int], length: int) -> Iterator[_Step]:
-    for first in range(0, len(token_ids), length):
-        tokens = np.array(token_ids[first : first + length], np.int64)
-        yield tokens, _NOTHING, *_no_distributions(len(tokens))
-
-
-def _steps(token_ids: Sequence[int], top: Distributions) -> Iterator[_Step]:
-    """In the steps it was drawn in: when tables grow decides what overflows are cut."""
-    first = first_rejected = 0
-    knows = top.top_ids.shape[1] > 0
-    for length, num_rejected in zip(top.step_lengths, top.rejected_lengths, strict=True):
-        own = slice(first, first + length)
-        others = slice(first_rejected, first_rejected + num_rejected * knows)
-        ids = np.concatenate([top.top_ids[own], top.rejected_top_ids[others]])
-        probs = np.concatenate([top.top_probs[own], top.rejected_top_probs[others]])
-        yield (
-            np.array(token_ids[own], np.int64),
-            top.rejected_ids[others].astype(np.int64),
-            ids.astype(np.int64),
-            probs.astype(np.float32),
-        )
-        first, first_rejected = own.stop, others.stop

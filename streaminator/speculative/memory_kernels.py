@@ -30,6 +30,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.speculative.memory_mixing import MAX_CANDIDATES, MAX_REFS, NUM_HINTS, mix_tier
 from streaminator.speculative.memory_rates import (
     KNOWN,
     MATCH_BINS,
@@ -40,122 +41,39 @@ from streaminator.speculative.memory_rates import (
     PREDICTED,
     RUN,
     RUN_BINS,
-    SHARE_EDGES,
     TABLE,
+    UNTRIED,
     Floats,
-    age_of,
     gumbel,
     hit_rate,
-    kind_of,
     log_bin,
-    part_of,
     second_rate,
+    share_bin,
 )
+from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline
 from streaminator.speculative.memory_tables import (
     CLOCK,
-    EMPTY,
     FIRST_SHARED,
     GAPPED,
     MAX_ORDER,
     NUM_CONTEXTS,
-    NUM_SLOTS,
-    SCALE,
-    START,
-    Ints,
-    Rows,
-    find,
+    fetch_rows,
     hash_contexts,
-    jit,
-    total_of,
 )
 
-MAX_CANDIDATES = 64
-ENOUGH = 0.01  # of the mass may stay unexplained: what is left cannot change the draft
 _HOPELESS = 0.01  # of the best candidate's mass: the noise would have to be rare
-_LEAST = 0.001  # mass that makes a candidate
+_ENOUGH_TRIALS = 64
+"""Hits after which all strengths of the noise are tried at every fourth place only."""
 
 
-@jit
-def mix_tier(
-    rows: Rows,
-    table: Ints,
-    tier: int,
-    keys: NDArray,
-    first: int,
-    mixing: Floats,
-    seen: Rows,
-    clock: int,
-    recency: Floats,
-    tokens: Ints,
-    masses: Floats,
-    ages: Ints,
-    size: int,
-    rest: float,
-    factor: float,
-) -> tuple[int, float, bool, int, int]:
-    """Add a table's contexts from `first` on to the mixture, until the rest cannot matter.
-
-    Returns: the number of candidates, the mass left, whether that matters, the longest match's
-    place and count.
-    """
-    longest, count = NUM_CONTEXTS, 0
-    if table[NUM_SLOTS] == 0:
-        return size, rest, True, longest, count
-    for place in range(first, NUM_CONTEXTS):
-        if keys[place] == 0:
-            continue
-        row = find(rows, table, keys[place])
-        if row < 0:
-            continue
-        total, distinct = total_of(rows, row)
-        if longest == NUM_CONTEXTS and not GAPPED <= place <= GAPPED + 1:
-            longest, count = place, total // SCALE
-        part = part_of(mixing, tier, place, kind_of(total, distinct))
-        scale = rest * part / total
-        at, column, num = row, 2, 2
-        while at >= 0:
-            for index in range(num):
-                token = np.int64(rows[at, column + 2 * index])
-                if token == EMPTY:
-                    break
-                mass = scale * rows[at, column + 2 * index + 1]
-                slot = 0
-                while slot < size and tokens[slot] != token:
-                    slot += 1
-                if slot == size:
-                    if size == MAX_CANDIDATES or mass < _LEAST:
-                        continue
-                    size += 1
-                    tokens[slot] = token
-                    masses[slot] = 0.0
-                    ages[slot] = age_of(seen, clock, token)
-                masses[slot] += mass * recency[ages[slot], 2]
-            at = np.int64(rows[at, 6])
-            at = at + table[START] if at >= 0 else at
-            column, num = 0, 3
-        rest *= 1 - part
-        if rest < ENOUGH:
-            return size, rest, False, longest, count
-        if rest > 0.5:
-            continue
-        top = second = 0.0
-        for slot in range(size):
-            if masses[slot] > top:
-                top, second = masses[slot], top
-            elif masses[slot] > second:
-                second = masses[slot]
-        if top - second > factor * rest:
-            return size, rest, False, longest, count
-    return size, rest, True, longest, count
-
-
-@jit
+@jit_inline
 def _choose(
     tokens: Ints,
     masses: Floats,
     size: int,
     strengths: Floats,
     strength: int,
+    tries_all: bool,
     key: int,
     position: int,
     best: Floats,
@@ -176,26 +94,32 @@ def _choose(
         picks[0] = top
         return 1.0, next_index, 1.0
     best[:] = -np.inf
-    second = third = -np.inf
+    first = second = third = -np.inf
     next_index = -1
+    hopeless = _HOPELESS * masses[top]
     for index in range(size):
-        if masses[index] < _HOPELESS * masses[top]:
+        if masses[index] < hopeless:
             continue
         score = math.log(masses[index])
         noise = gumbel(key, position, tokens[index])
+        here = score + strengths[strength] * noise
+        if here > first:
+            third, second, first = second, first, here
+            next_index = picks[strength] if second > -np.inf else -1
+            picks[strength] = index
+        elif here > second:
+            third, second, next_index = second, here, index
+        elif here > third:
+            third = here
+        if not tries_all:
+            continue
         for j in range(len(strengths)):
             here = score + strengths[j] * noise
             if here > best[j]:
-                if j == strength:
-                    third, second = second, best[j]
-                    next_index = picks[j] if best[j] > -np.inf else -1
                 best[j] = here
-                picks[j] = index
-            elif j == strength and here > second:
-                third, second, next_index = second, here, index
-            elif j == strength and here > third:
-                third = here
-    lead = 1 / (1 + math.exp(second - best[strength]))
+                if j != strength:
+                    picks[j] = index
+    lead = 1 / (1 + math.exp(second - first))
     if next_index < 0:
         return lead, -1, 0.0
     return lead, next_index, 1 / (1 + math.exp(third - second))
@@ -238,51 +162,64 @@ def draft(
             token by each strength.
         out_tokens, out_survival: [n, 2, K] zeroed, chains and second choices; survival 0: none.
     """
-    keys = np.empty(NUM_CONTEXTS, np.uint64)
+    num, width = len(handles), out_tokens.shape[2]
     # Without noise a lead above what is left decides; noise may turn a larger lead around.
     factor = recency[:, 2].max() if len(strengths) == 1 else 20.0
     tokens = np.empty(MAX_CANDIDATES, np.int64)
     masses = np.empty(MAX_CANDIDATES, np.float64)
     ages = np.empty(MAX_CANDIDATES, np.int64)
+    refs, parts = np.empty(MAX_REFS, np.int64), np.empty(MAX_REFS, np.float64)
+    hints = np.zeros(NUM_HINTS, np.int64)
     picks = np.zeros(len(strengths), np.int64)
     best = np.empty(len(strengths), np.float64)
-    text = np.empty(MAX_ORDER + out_tokens.shape[2], np.int64)
-    restore = np.empty(out_tokens.shape[2], np.int32)
-    for n in range(len(handles)):
-        handle = handles[n]
-        state = running[handle]
-        text[:MAX_ORDER] = tails[handle]
-        own, own_seen = tables[state[TABLE]], seen[state[TABLE]]
-        survival = 1.0
-        start = 0
+    keys = np.empty((num, NUM_CONTEXTS), np.uint64)
+    text = np.empty((num, MAX_ORDER + width), np.int64)
+    restore = np.empty((num, width), np.int32)
+    survivals, starts = np.ones(num), np.zeros(num, np.int64)
+    waiting = np.arange(num)
+    for n in range(num):
+        state = running[handles[n]]
         state[PREDICTED] = 0
-        for step in range(caps[n]):
+        text[n, :MAX_ORDER] = tails[handles[n]]
+        hash_contexts(text[n], MAX_ORDER, state[KNOWN], keys[n])
+        fetch_rows(rows, tables[state[TABLE]], tables[0], keys[n], 0, use_shared)
+    # A token of each at a time, so that the rows it needs come from memory meanwhile.
+    for step in range(width):
+        num_left = 0
+        for place in range(len(waiting)):
+            n = waiting[place]
+            if step >= caps[n]:
+                continue
+            handle = handles[n]
+            state = running[handle]
+            own, own_seen = tables[state[TABLE]], seen[state[TABLE]]
             end = MAX_ORDER + step
-            known = min(state[KNOWN] + step, MAX_ORDER)
-            hash_contexts(text, end, known, keys)
-            # What was never seen after n tokens was not after n + 1 in the step before.
             clock = own[CLOCK] + step
             size, rest, matters, longest, count = mix_tier(
-                rows, own, 0, keys, start, mixing, own_seen, clock, recency, tokens, masses, ages,
-                0, 1.0, factor,
+                rows, own, 0, keys[n], starts[n], mixing, own_seen, clock, recency, tokens,
+                masses, ages, 0, 1.0, factor, refs, parts, hints,
             )  # fmt: skip
-            start = max(longest - 1, 0) if longest < GAPPED else 0
+            # What was never seen after n tokens is not after n + 1 in the next step.
+            starts[n] = max(longest - 1, 0) if longest < GAPPED else 0
             match = 0
             if longest < NUM_CONTEXTS:
                 match = (NUM_CONTEXTS - longest) * MATCH_BINS + log_bin(count, MATCH_BINS)
             if use_shared and matters:
                 size, rest, _, longest, _ = mix_tier(
-                    rows, tables[0], 1, keys, FIRST_SHARED, mixing, own_seen, clock, recency,
-                    tokens, masses, ages, size, rest, factor,
+                    rows, tables[0], 1, keys[n], FIRST_SHARED, mixing, own_seen, clock, recency,
+                    tokens, masses, ages, size, rest, factor, refs, parts, hints,
                 )  # fmt: skip
                 if match == 0:
                     match = min(NUM_CONTEXTS - longest, MATCH_BINS - 1)
             if size == 0:
-                break
+                continue
             strength = np.argmax(noise_hits[match])
+            position = state[POSITION] + step
+            is_new = noise_hits[match].max() < _ENOUGH_TRIALS
+            tries_all = len(strengths) > 1 and (position & 3 == 0 or is_new)
             lead, second, second_lead = _choose(
-                tokens, masses, size, strengths, strength, state[NOISE_KEY],
-                state[POSITION] + step, best, picks,
+                tokens, masses, size, strengths, strength, tries_all, state[NOISE_KEY], position,
+                best, picks,
             )  # fmt: skip
             pick = picks[strength]
             known_mass = 0.0
@@ -292,42 +229,52 @@ def draft(
                 known_mass + rest
             )
             run = log_bin(state[RUN] + step + 1, RUN_BINS)
-            bucket = (match * RUN_BINS + run) * NUM_SHARES
-            bucket += np.searchsorted(SHARE_EDGES, share)
-            before = survival
-            survival *= hit_rate(hits, bucket)
-            text[end] = tokens[pick]
+            bucket = (match * RUN_BINS + run) * NUM_SHARES + share_bin(share)
+            before = survivals[n]
+            survival = before * hit_rate(hits, bucket)
+            survivals[n] = survival
+            token = tokens[pick]
+            text[n, end] = token
             # For the rest of the chain it has been said.
-            restore[step] = own_seen[tokens[pick] & (NUM_SEEN - 1)]
-            own_seen[tokens[pick] & (NUM_SEEN - 1)] = clock + 1
-            predictions[handle, step, 0] = tokens[pick]
-            predictions[handle, step, 1] = bucket
-            predictions[handle, step, 2] = -1
+            restore[n, step] = own_seen[token & (NUM_SEEN - 1)]
+            own_seen[token & (NUM_SEEN - 1)] = clock + 1
+            guess = predictions[handle, step]
+            guess[0], guess[1], guess[2] = token, bucket, -1
             for j in range(len(strengths)):
-                predictions[handle, step, 4 + j] = tokens[picks[j]]
+                guess[4 + j] = tokens[picks[j]] if tries_all else UNTRIED
             # Also predictions that are not drafted are checked later: no bucket is given up on.
             state[PREDICTED] += 1
             if survival < min_survival:
-                break
-            out_tokens[n, 0, step] = tokens[pick]
-            out_survival[n, 0, step] = survival
-            if second < 0:
                 continue
-            left = known_mass + rest - masses[pick]
-            share = masses[second] / left
-            if len(strengths) > 1:
-                share = second_lead * (known_mass - masses[pick]) / left
-            share_bin = np.searchsorted(SHARE_EDGES, share)
-            predictions[handle, step, 2] = tokens[second]
-            predictions[handle, step, 3] = share_bin
-            # Not before the first choice, so that a draft cut anywhere is a chain and its sides.
-            chance = min(survival, (before - survival) * second_rate(second_hits, share_bin))
-            if chance >= min_survival:
-                out_tokens[n, 1, step] = tokens[second]
-                out_survival[n, 1, step] = chance
-        _keep_best(out_survival[n], caps[n])
-        for step in range(state[PREDICTED] - 1, -1, -1):
-            own_seen[text[MAX_ORDER + step] & (NUM_SEEN - 1)] = restore[step]
+            out_tokens[n, 0, step] = token
+            out_survival[n, 0, step] = survival
+            if second >= 0:
+                left = known_mass + rest - masses[pick]
+                share = masses[second] / left
+                if len(strengths) > 1:
+                    share = second_lead * (known_mass - masses[pick]) / left
+                guess[2], guess[3] = tokens[second], share_bin(share)
+                # Not before the first choice: a draft cut anywhere is a chain and its sides.
+                chance = min(survival, (before - survival) * second_rate(second_hits, guess[3]))
+                if chance >= min_survival:
+                    out_tokens[n, 1, step] = tokens[second]
+                    out_survival[n, 1, step] = chance
+            if step + 1 < caps[n]:
+                known = min(state[KNOWN] + step + 1, MAX_ORDER)
+                hash_contexts(text[n], end + 1, known, keys[n])
+                fetch_rows(rows, own, tables[0], keys[n], starts[n], use_shared)
+                waiting[num_left] = n
+                num_left += 1
+        waiting = waiting[:num_left]
+    for n in range(num):
+        if np.count_nonzero(out_survival[n]) > caps[n]:
+            _keep_best(out_survival[n], caps[n])
+    for step in range(width - 1, -1, -1):
+        for n in range(num - 1, -1, -1):
+            state = running[handles[n]]
+            if step < state[PREDICTED]:
+                place = text[n, MAX_ORDER + step] & (NUM_SEEN - 1)
+                seen[state[TABLE], place] = restore[n, step]
 
 
 @jit

@@ -9,7 +9,13 @@ Used by: `memory`.
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_kernels import ENOUGH, MAX_CANDIDATES, mix_tier
+from streaminator.speculative.memory_mixing import (
+    ENOUGH,
+    MAX_CANDIDATES,
+    MAX_REFS,
+    NUM_HINTS,
+    mix_tier,
+)
 from streaminator.speculative.memory_rates import (
     KNOWN,
     NUM_SEEN,
@@ -79,6 +85,8 @@ def learn(
     tokens = np.empty(MAX_CANDIDATES, np.int64)
     masses = np.empty(MAX_CANDIDATES, np.float64)
     ages = np.empty(MAX_CANDIDATES, np.int64)
+    refs, parts = np.empty(MAX_REFS, np.int64), np.empty(MAX_REFS, np.float64)
+    hints = np.zeros(NUM_HINTS, np.int64)
     first = first_rejected = 0
     for n in range(len(handles)):
         handle, num = handles[n], lengths[n]
@@ -105,12 +113,12 @@ def learn(
                 if noise_hits.shape[1] == 1:
                     size, rest, _, _, _ = mix_tier(
                         rows, own, 0, keys, 0, mixing, own_seen, own[CLOCK], recency, tokens,
-                        masses, ages, 0, 1.0, np.inf,
+                        masses, ages, 0, 1.0, np.inf, refs, parts, hints,
                     )  # fmt: skip
                     if use_shared and rest >= ENOUGH:
                         size, rest, _, _, _ = mix_tier(
                             rows, shared, 1, keys, FIRST_SHARED, mixing, own_seen, own[CLOCK], recency,
-                            tokens, masses, ages, size, rest, np.inf,
+                            tokens, masses, ages, size, rest, np.inf, refs, parts, hints,
                         )  # fmt: skip
                     learn_recency(tokens, masses, ages, size, rest, text[end], recency)
             # A distribution says something new each time: twice as many contexts are told.

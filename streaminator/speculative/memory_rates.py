@@ -17,6 +17,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.speculative.memory_records import jit_inline
 from streaminator.speculative.memory_tables import (
     NUM_CONTEXTS,
     SCALE,
@@ -24,8 +25,8 @@ from streaminator.speculative.memory_tables import (
     Rows,
     jit,
     mix64,
+    share_of,
     total_of,
-    weight_of,
 )
 
 NOISE_STRENGTHS = np.array([0.0, 0.3, 0.6, 0.8, 1.0])
@@ -37,6 +38,9 @@ MIXING_SHAPE = (2, NUM_CONTEXTS, _COUNT_BINS, _DISTINCT_BINS, 2)
 """[tier, context, count, distinct continuations, (reached, taken)]"""
 
 SHARE_EDGES = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98])
+UNTRIED = -2
+"""Instead of what a strength of the noise would have predicted."""
+
 NUM_SHARES = len(SHARE_EDGES) + 1
 RUN_BINS, MATCH_BINS = 5, 4
 NUM_MATCHES = (NUM_CONTEXTS + 1) * MATCH_BINS
@@ -67,7 +71,7 @@ TABLE, KNOWN, POSITION, NOISE_KEY, RUN, PREDICTED = range(6)
 Floats = NDArray[np.float64]
 
 
-@jit
+@jit_inline
 def gumbel(noise_key: int, position: int, token: int) -> float:
     """The sampler's noise (`streaminator.engine.sampler.gumbel`), bit for bit its uniform."""
     row = mix64(np.uint64(noise_key) + np.uint64(position) * _NOISE_ROW)
@@ -76,7 +80,7 @@ def gumbel(noise_key: int, position: int, token: int) -> float:
     return -math.log(-math.log(uniform))
 
 
-@jit
+@jit_inline
 def log_bin(x: int, num: int) -> int:
     """0 for 1, 1 for 2, 2 for 3..4, 3 for 5..8 and so on."""
     index = 0
@@ -87,26 +91,35 @@ def log_bin(x: int, num: int) -> int:
     return index
 
 
+@jit_inline
+def share_bin(share: float) -> int:
+    """Its bin: how many of the edges are below it."""
+    index = 0
+    while index < NUM_SHARES - 1 and SHARE_EDGES[index] < share:
+        index += 1
+    return index
+
+
 @jit
 def _decay(pair: Floats) -> None:
     if pair[0] > _MEMORY:
         pair *= 0.5
 
 
-@jit
+@jit_inline
 def kind_of(total: int, distinct: int) -> tuple[int, int]:
     """Bins of contexts that are treated alike."""
     return log_bin(total // SCALE, _COUNT_BINS), log_bin(distinct, _DISTINCT_BINS)
 
 
-@jit
+@jit_inline
 def part_of(mixing: Floats, tier: int, place: int, kind: tuple[int, int]) -> float:
     """Part of the mass that such a context takes."""
     reached, taken = mixing[tier, place, kind[0], kind[1]]
     return (taken + 1.0) / (reached + 2.0)
 
 
-@jit
+@jit_inline
 def hit_rate(hits: Floats, bucket: int) -> float:
     """Learned rate of a bucket, shrunk towards coarser ones and at last the share itself."""
     share = bucket % NUM_SHARES
@@ -141,7 +154,7 @@ def learn_mixing(
             kind = kind_of(total, distinct)
             places[size, 0], places[size, 1] = tier, place
             places[size, 2], places[size, 3] = kind
-            shares[size] = weight_of(rows, tables[tier], row, token) / total
+            shares[size] = share_of(rows, tables[tier], row, token)
             parts[size] = part_of(mixing, tier, place, kind)
             size += 1
     # Probability of the token from each source down; what none of them knew has a little.
@@ -161,7 +174,7 @@ def learn_mixing(
             break
 
 
-@jit
+@jit_inline
 def age_of(seen: Rows, clock: int, token: int) -> int:
     """Bin of how long ago a token stood in its prompt's text; the last: long ago or never."""
     last = np.int64(seen[token & (NUM_SEEN - 1)])
@@ -186,7 +199,7 @@ def learn_recency(
             recency[age, 2] = math.exp(recency[age, 0])
 
 
-@jit
+@jit_inline
 def second_rate(second_hits: Floats, share: int) -> float:
     """Learned chance of a second choice, given that the first is wrong."""
     tried, hit = second_hits[share]
@@ -214,7 +227,8 @@ def learn_hits(
             if hits[index, 0] > _HITS_MEMORY:
                 hits[index] *= 0.5
         match = bucket // (RUN_BINS * NUM_SHARES)
-        for j in range(noise_hits.shape[1]):
+        tried = predictions[step, 4] != UNTRIED
+        for j in range(noise_hits.shape[1] if tried else 0):
             noise_hits[match, j] *= 1 - 1 / _MEMORY
             noise_hits[match, j] += 1.0 if predictions[step, 4 + j] == new[step] else 0.0
         if not hit:

@@ -4,24 +4,37 @@
 """Compiled tables of counted contexts: look up, count, rebuild.
 
 A table is a range of 32-byte rows of one arena. The first part is an open-addressing hash table
-of contexts, the second holds overflow rows.
+of contexts, the second holds overflow rows, and records of distributions.
 
     context row    check, total, token, weight, token, weight, first overflow row, last touched
     overflow row   token, weight, token, weight, token, weight, next overflow row, -
 
-Weights are fixed-point (SCALE is one observation): sums do not depend on their order. A total is
-a whole number of SCALEs; its low bits hold how many different continuations there are. Row numbers
-inside a table count from its start, so a table can be moved.
+A weight is SCALE for each time the token followed, a total SCALE for each time anything did; its
+low bits hold how many different continuations there are. From the first distribution on a context's
+row has cells instead (`memory_records`). Row numbers inside a table count from its start, so a
+table can be moved.
 
 Used by: `memory_kernels`, `memory`.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from streaminator.speculative.memory_records import (
+    EMPTY,
+    NUM_CELLS,
+    RECORDS,
+    Ints,
+    Rows,
+    jit,
+    jit_inline,
+    mass_in_cell,
+    num_rows_of,
+    prefetch,
+    push_cell,
+    share_in_cells,
+    write_record,
+)
 
 MAX_ORDER = 12
 NUM_CONTEXTS = 11
@@ -36,12 +49,10 @@ _PLACE[[1, 2, 3, 4, 5, 6, 8, 10, 12]] = [10, 9, 8, 5, 4, 3, 2, 1, 0]
 GAPPED = 6
 """First of the two with a gap."""
 SCALE = 1024
-_LEAST = 10
-"""Of SCALE: less of a distribution is not stored."""
 MAX_OVERFLOW = 5
 """Overflow rows per context: 2 + 5 * 3 = 17 continuations; the least makes room for a new one."""
-EMPTY = -1
 ROW_BYTES = 32
+_FORETOLD = 0.25  # of a distribution: such a token was known
 
 # Columns of a table's record.
 START, NUM_SLOTS, NUM_ROWS, USED_SLOTS, USED_OVERFLOW, CLOCK = range(6)
@@ -53,19 +64,7 @@ _SHIFT30, _SHIFT27, _SHIFT31, _SHIFT32 = (np.uint64(n) for n in (30, 27, 31, 32)
 _ONE = np.uint64(1)
 
 
-def jit(function: Callable) -> Any:
-    """Compile on first use; the result is kept on disk where a folder for it can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache is writable
-        return numba.njit(nogil=True)(function)
-
-
-Ints = NDArray[np.int64]
-Rows = NDArray[np.int32]
-
-
-@jit
+@jit_inline
 def mix64(x: int) -> int:
     """SplitMix64's finaliser, on unsigned 64-bit integers."""
     x = (x ^ (x >> _SHIFT30)) * _MIX1
@@ -73,7 +72,7 @@ def mix64(x: int) -> int:
     return x ^ (x >> _SHIFT31)
 
 
-@jit
+@jit_inline
 def hash_contexts(text: Ints, end: int, known: int, keys: NDArray) -> None:
     """Keys of the contexts before `text[end]`, `known` tokens of which are there; 0: no such."""
     keys[:] = 0
@@ -88,13 +87,13 @@ def hash_contexts(text: Ints, end: int, known: int, keys: NDArray) -> None:
         keys[GAPPED + 1] = _digest(~_extend(key, text[end - 2]))
 
 
-@jit
+@jit_inline
 def _extend(key: int, token: int) -> int:
     # A polynomial: one multiplication per token. It is mixed where it is used.
     return (key + np.uint64(token) + _ONE) * _STEP
 
 
-@jit
+@jit_inline
 def _digest(key: int) -> int:
     """32 bits that give both place and identity, so that a table can be rebuilt from itself.
 
@@ -103,12 +102,12 @@ def _digest(key: int) -> int:
     return max(mix64(key) >> _SHIFT32, _ONE)
 
 
-@jit
+@jit_inline
 def _home(check: int, table: Ints) -> int:
     return np.int64((np.uint64(np.uint32(check)) * np.uint64(table[NUM_SLOTS])) >> _SHIFT32)
 
 
-@jit
+@jit_inline
 def find(rows: Rows, table: Ints, key: int) -> int:
     """Row of a context; -1 - row of the empty slot where it would go."""
     check = np.int32(key)
@@ -123,6 +122,17 @@ def find(rows: Rows, table: Ints, key: int) -> int:
         slot += 1
         if slot == table[NUM_SLOTS]:
             slot = 0
+
+
+@jit_inline
+def fetch_rows(
+    rows: Rows, own: Ints, shared: Ints, keys: NDArray, first: int, use_shared: bool
+) -> None:
+    """Have the processor fetch the rows where contexts are looked up soon."""
+    for place in range(first if own[NUM_SLOTS] > 0 else NUM_CONTEXTS, NUM_CONTEXTS):
+        prefetch(rows, own[START] + _home(np.int32(keys[place]), own))
+    for place in range(FIRST_SHARED if use_shared else NUM_CONTEXTS, NUM_CONTEXTS):
+        prefetch(rows, shared[START] + _home(np.int32(keys[place]), shared))
 
 
 @jit
@@ -149,15 +159,24 @@ def find_all(rows: Rows, table: Ints, keys: NDArray, first: int, found: Ints) ->
     return longest
 
 
-@jit
+@jit_inline
 def total_of(rows: Rows, row: int) -> tuple[int, int]:
     """Weight of a context and how many different continuations it has."""
     packed = np.int64(rows[row, 1])
-    return packed & -SCALE, packed & (SCALE - 1)
+    return packed & -SCALE, packed & (RECORDS - 1)
 
 
 @jit
-def weight_of(rows: Rows, table: Ints, row: int, token: int) -> int:
+def share_of(rows: Rows, table: Ints, row: int, token: int) -> float:
+    """Share of a continuation in what a context was told."""
+    packed = np.int64(rows[row, 1])
+    if packed & RECORDS:
+        return share_in_cells(rows, table[START], row, token)
+    return _weight_of(rows, table, row, token) / (packed & -SCALE)
+
+
+@jit
+def _weight_of(rows: Rows, table: Ints, row: int, token: int) -> int:
     """Weight of a continuation, 0 if it is not there."""
     at, first, num = row, 2, 2
     while True:
@@ -175,18 +194,18 @@ def weight_of(rows: Rows, table: Ints, row: int, token: int) -> int:
 
 
 @jit
-def add(rows: Rows, table: Ints, row: int, token: int, weight: int) -> None:
-    """Add weight to a continuation; of a full list the least makes room."""
+def add(rows: Rows, table: Ints, row: int, token: int) -> None:
+    """Count a continuation once more; of a full list the least makes room."""
     least_at, least_column, least = row, 2, 2**31 - 1
     at, first, num, length = row, 2, 2, 0
     while True:
         for index in range(num):
             column = first + 2 * index
             if rows[at, column] == token:
-                rows[at, column + 1] += weight
+                rows[at, column + 1] += SCALE
                 return
             if rows[at, column] == EMPTY:
-                rows[at, column], rows[at, column + 1] = token, weight
+                rows[at, column], rows[at, column + 1] = token, SCALE
                 rows[row, 1] += 1
                 return
             # Among equals the first, so that the newest is not the one to go.
@@ -203,11 +222,11 @@ def add(rows: Rows, table: Ints, row: int, token: int, weight: int) -> None:
         rows[at, 6] = free
         at = table[START] + free
         rows[at, 0], rows[at, 2], rows[at, 4] = token, EMPTY, EMPTY
-        rows[at, 1], rows[at, 3], rows[at, 5] = weight, 0, 0
+        rows[at, 1], rows[at, 3], rows[at, 5] = SCALE, 0, 0
         rows[at, 6] = -1
         rows[row, 1] += 1
-    elif weight >= min(least, SCALE):
-        rows[least_at, least_column], rows[least_at, least_column + 1] = token, weight
+    else:
+        rows[least_at, least_column], rows[least_at, least_column + 1] = token, SCALE
 
 
 @jit
@@ -230,9 +249,14 @@ def count_token(
     Returns: the place of the longest that knew it.
     """
     table[CLOCK] += 1
-    is_listed = False
-    for j in range(len(top_ids)):
-        is_listed |= top_ids[j] == token
+    has_record = len(top_ids) > 0
+    cell, num_entries = np.int64(token), 1
+    if has_record:
+        free = table[NUM_SLOTS] + table[USED_OVERFLOW]
+        cell, num_entries, num_rows = write_record(
+            rows, table[START], free, table[NUM_ROWS], token, top_ids, top_probs
+        )
+        table[USED_OVERFLOW] += num_rows
     num_knew, knew = 0, NUM_CONTEXTS
     for place in range(first, NUM_CONTEXTS):
         is_gapped = GAPPED <= place <= GAPPED + 1
@@ -246,31 +270,36 @@ def count_token(
             row = -1 - row
             table[USED_SLOTS] += 1
             rows[row, 0] = np.int32(keys[place])
-            rows[row, 1] = 0
-            rows[row, 2], rows[row, 4] = EMPTY, EMPTY
-            rows[row, 3], rows[row, 5] = 0, 0
-            rows[row, 6] = -1
-        elif not is_gapped and weight_of(rows, table, row, token) * 2 >= SCALE:
+            rows[row, 1] = RECORDS if has_record else 0
+            rows[row, 2:7] = EMPTY
+            rows[row, 3] = EMPTY if has_record else 0
+            rows[row, 5] = EMPTY if has_record else 0
+        elif not is_gapped and _knows(rows, table, row, token):
             num_knew += 1
             knew = min(knew, place)
-        rows[row, 1] += SCALE
         rows[row, 7] = table[CLOCK]
-        left = SCALE
-        for j in range(len(top_ids)):
-            mass = min(left, np.int64(top_probs[j] * SCALE + 0.5))
-            if mass >= _LEAST:
-                add(rows, table, row, top_ids[j], mass)
-                left -= mass
-        # A token drawn from outside the stored candidates stands for the mass they leave.
-        if not is_listed and left > 0:
-            add(rows, table, row, token, left)
+        if has_record or np.int64(rows[row, 1]) & RECORDS:
+            push_cell(rows, row, cell, num_entries)
+            rows[row, 1] += SCALE
+        else:
+            rows[row, 1] += SCALE
+            add(rows, table, row, token)
     return knew
+
+
+@jit
+def _knows(rows: Rows, table: Ints, row: int, token: int) -> bool:
+    """Whether a context foretold a token; of distributions the newest one decides."""
+    if np.int64(rows[row, 1]) & RECORDS:
+        return mass_in_cell(rows, table[START], np.int64(rows[row, 2]), token) >= _FORETOLD
+    return _weight_of(rows, table, row, token) > 0
 
 
 @jit
 def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
     """Copy the contexts touched at `oldest` or later into an empty, zeroed table."""
     new[CLOCK] = old[CLOCK]
+    moved = np.full(old[USED_OVERFLOW], -1)
     for slot in range(old[NUM_SLOTS]):
         source = old[START] + slot
         check = rows[source, 0]
@@ -282,6 +311,9 @@ def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
         target = new[START] + place
         rows[target] = rows[source]
         new[USED_SLOTS] += 1
+        if np.int64(rows[source, 1]) & RECORDS:
+            _move_records(rows, old, new, target, moved)
+            continue
         at = np.int64(rows[source, 6])
         while at >= 0:
             free = new[NUM_SLOTS] + new[USED_OVERFLOW]
@@ -293,3 +325,25 @@ def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
             target = new[START] + free
             rows[target] = rows[old[START] + at]
             at = np.int64(rows[target, 6])
+
+
+@jit
+def _move_records(rows: Rows, old: Ints, new: Ints, row: int, moved: Ints) -> None:
+    """Copy what a row's cells point to, unless another row's did before."""
+    for column in range(2, 2 + NUM_CELLS):
+        cell = np.int64(rows[row, column])
+        if cell >= EMPTY:
+            continue
+        index = -2 - cell - old[NUM_SLOTS]
+        if moved[index] < 0:
+            source = old[START] - 2 - cell
+            num_rows = num_rows_of(rows[source, 0])
+            free = new[NUM_SLOTS] + new[USED_OVERFLOW]
+            if free + num_rows > new[NUM_ROWS]:
+                rows[row, column] = np.int64(np.uint32(rows[source, 1])) >> 12
+                continue
+            new[USED_OVERFLOW] += num_rows
+            for n in range(num_rows):
+                rows[new[START] + free + n] = rows[source + n]
+            moved[index] = free
+        rows[row, column] = -2 - moved[index]

@@ -183,6 +183,26 @@ def test_a_known_distribution_is_drafted_with_the_samplers_noise():
     assert hits > 270  # without noise 120
 
 
+def test_told_distributions_memory_stays_bounded_and_keeps_what_contexts_point_to():
+    memory = Memory(max_bytes=SMALL, noise=True, min_survival=0)
+    rng = np.random.default_rng(0)
+    for n in range(30):
+        tokens = rng.integers(0, 2**20, 600)
+        memory.open(str(n), [1], ())
+        handle = memory.start(str(n), [1], n)
+        for first in range(0, 600, 6):
+            ids = rng.integers(0, 2**20, (6, 16))
+            ids[:, 0] = tokens[first : first + 6]
+            probs = np.tile(np.float32([0.8] + [0.2 / 15] * 15), (6, 1))
+            memory.commit(np.array([handle]), ids[:, 0].copy(), np.array([6]), ids, probs)
+            assert memory.num_bytes <= SMALL
+        memory.finish(handle)
+    handle = memory.start("29", [1, *tokens[:580].tolist()], 0)
+    drafted, _ = draft(memory, handle, 19)
+    assert drafted[0] == tokens[580]
+    assert sum(drafted == tokens[580 : 580 + len(drafted)]) > 10
+
+
 def test_what_would_have_followed_a_rejected_draft_is_known_when_it_is_drawn():
     memory = Memory(max_bytes=SMALL, shared=False, min_survival=0)
     memory.open("a", [1], ())

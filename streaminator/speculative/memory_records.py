@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+# In compiled code the integers of Python and numpy are one.
+# pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
+"""Compiled records of distributions: each is stored once, contexts point to it.
+
+A context that was told a distribution holds what followed it the last NUM_CELLS times:
+
+    context row    check, total, cell, cell, cell, cell, cell, last touched
+
+The newest cell comes first. A cell is a token (all the mass), the row of a record, or EMPTY. The
+low bits of the total hold RECORDS and how many tokens the newest one has.
+
+    record         number of entries, entry, entry, ... in one or two rows
+
+An entry is a token (20 bits) and its probability (12 bits).
+
+Used by: `memory_tables`, `memory_kernels`, `memory_rates`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Rows = NDArray[np.int32]
+
+EMPTY = -1
+RECORDS = 512
+"""Flag in the low bits of a total: this context's row has cells."""
+NUM_CELLS = 5
+MAX_ENTRIES = 15
+"""Of a record: two rows."""
+ONE = 4095
+"""Fixed point of probabilities."""
+_LEAST = 40  # of ONE: less of a distribution is not stored
+_SURE = 3900  # of ONE: such a token stands for the whole distribution
+_TOKEN_BITS, _SHIFT = (1 << 20) - 1, 12
+_COUNT = -1024
+"""The bits of a total that count."""
+
+
+def jit(function: Callable) -> Any:
+    """Compile on first use; the result is kept on disk where a folder for it can be written."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache is writable
+        return numba.njit(nogil=True)(function)
+
+
+def jit_inline(function: Callable) -> Any:
+    """The same for what is called in inner loops: passing arrays costs more than its work."""
+    try:
+        return numba.njit(cache=True, nogil=True, forceinline=True)(function)
+    except RuntimeError:
+        return numba.njit(nogil=True, forceinline=True)(function)
+
+
+def _prefetch(context: Any, rows: Any, index: Any) -> Any:
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = signature.args[0]
+        array = context.make_array(kind)(context, builder, arguments[0])
+        at = [arguments[1], context.get_constant(types.intp, 0)]
+        pointer = cgutils.get_item_pointer(context, builder, kind, array, at, wraparound=False)
+        byte = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+        flag = ir.IntType(32)
+        shape = ir.FunctionType(ir.VoidType(), [byte.type, flag, flag, flag])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte.type], shape)
+        builder.call(fetch, [byte, flag(0), flag(3), flag(1)])
+        return context.get_dummy_value()
+
+    return types.none(rows, types.intp), generate
+
+
+prefetch: Any = intrinsic(_prefetch)
+"""`prefetch(rows, index)` has the processor fetch `rows[index]` meanwhile."""
+
+
+@jit
+def num_rows_of(num_entries: int) -> int:
+    """Rows of a record."""
+    return 1 if num_entries < 8 else 2
+
+
+@jit_inline
+def entry_of(rows: Rows, record: int, index: int) -> tuple[int, int]:
+    """Token and probability (of ONE) of an entry."""
+    place = index + 1
+    packed = np.int64(np.uint32(rows[record + (place >> 3), place & 7]))
+    return packed >> _SHIFT, packed & ONE
+
+
+@jit
+def write_record(
+    rows: Rows, start: int, free: int, end: int, token: int, ids: Ints, probs: NDArray[np.float32]
+) -> tuple[int, int, int]:
+    """Store a distribution in a table's rows from `free` on, and before `end`.
+
+    Returns: its cell, its number of entries, the rows it took (0: the cell is a token).
+    """
+    num, left, is_listed = 0, ONE, False
+    at = start + free
+    room = 15 if free + 2 <= end else 7 if free < end else 0
+    for j in range(len(ids)):
+        mass = min(left, np.int64(probs[j] * ONE + 0.5))
+        if mass >= _SURE:
+            return np.int64(ids[j]), 1, 0
+        is_listed |= ids[j] == token
+        if mass >= _LEAST and num < room:
+            place = num + 1
+            packed = ((np.int64(ids[j]) & _TOKEN_BITS) << _SHIFT) | mass
+            rows[at + (place >> 3), place & 7] = np.int32(packed)
+            num += 1
+            left -= mass
+    # A token drawn from outside the stored candidates stands for the mass they leave.
+    if not is_listed and left >= _LEAST and num < room:
+        place = num + 1
+        packed = ((np.int64(token) & _TOKEN_BITS) << _SHIFT) | left
+        rows[at + (place >> 3), place & 7] = np.int32(packed)
+        num += 1
+    if num == 0:
+        return np.int64(token), 1, 0
+    rows[at, 0] = num
+    return -2 - free, num, num_rows_of(num)
+
+
+@jit
+def push_cell(rows: Rows, row: int, cell: int, num: int) -> None:
+    """One more observation of a context; the oldest makes room."""
+    packed = np.int64(rows[row, 1])
+    if packed & RECORDS == 0:
+        # It was told tokens until now: the two in its row stay.
+        rows[row, 3] = rows[row, 4]
+        rows[row, 4] = rows[row, 5] = EMPTY
+    for column in range(NUM_CELLS + 1, 2, -1):
+        rows[row, column] = rows[row, column - 1]
+    rows[row, 2] = cell
+    rows[row, 1] = (packed & _COUNT) | RECORDS | num
+
+
+@jit
+def share_in_cells(rows: Rows, start: int, row: int, token: int) -> float:
+    """Share of a token in what a context was told."""
+    num, share = 0, 0.0
+    while num < NUM_CELLS and rows[row, 2 + num] != EMPTY:
+        share += mass_in_cell(rows, start, np.int64(rows[row, 2 + num]), token)
+        num += 1
+    return share / num
+
+
+@jit
+def mass_in_cell(rows: Rows, start: int, cell: int, token: int) -> float:
+    """Probability of a token in one cell."""
+    if cell >= 0:
+        return 1.0 if cell == token else 0.0
+    record = start - 2 - cell
+    for index in range(rows[record, 0]):
+        there, mass = entry_of(rows, record, index)
+        if there == token:
+            return mass / ONE
+    return 0.0
