@@ -84,6 +84,11 @@ class ModelConfig:
         "on a CPU: keep a second copy of linear layers' weights as its matrix kernels read them",
         tokens=True,
     )
+    paged_attention: bool = _option(
+        True,
+        "on a GPU: attention reads the KV blocks where they lie, by kernels of Triton",
+        tokens=True,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

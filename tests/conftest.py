@@ -16,6 +16,10 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so spelled by Ray
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported: its kernels run on the CPU then, slowly.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from streaminator.engine.model_runner import ModelRunner
 from tests.fakes import FREE, PROMPTS, TOKENIZER, Draws, draw, load_runner, save_model
 

@@ -26,7 +26,7 @@ class AttentionGroup:
     """Sequences of similar query length, attended in one padded call."""
 
     rows: torch.Tensor
-    """[B, Q] packed row of each query; 0 where padded."""
+    """[B, Q] packed row of each query; 0 where padded, which is behind a sequence's first query."""
     block_table: torch.Tensor
     """[B, M] KV blocks; the null block where padded."""
     query_positions: torch.Tensor

@@ -74,6 +74,11 @@ class KVCache:
         for pool, new in zip(self._layers[layer], (key, value), strict=True):
             pool.flatten(0, 1).index_copy_(0, slots, new[: slots.shape[0]].to(pool.dtype))
 
+    def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [N, S, K, H] of one layer, where they lie."""
+        key, value = self._layers[layer]
+        return key, value
+
     def read(self, layer: int, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value [B, K, L, H] of the blocks in `block_table` [B, M], L = M * S.
 
