@@ -20,6 +20,9 @@ from streaminator.sequence import Sequence
 # in the batch.
 ROW_MULTIPLE = 8
 
+_ROOM = 2**17  # numbers of a step that go to a GPU in one copy
+_ALIGNMENT = 16  # numbers; Triton compiles anew for pointers that are not multiples of 16 bytes
+
 
 @dataclass(slots=True)
 class AttentionGroup:
@@ -103,9 +106,8 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
         noise_positions.append(drawn + place + 1)
     padding = -len(tokens) % ROW_MULTIPLE
 
-    def tensor(values: object) -> torch.Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(device, non_blocking=True)
-
+    upload = _Upload(device) if device.type == "cuda" else None
+    tensor = upload or _to_tensor
     pad = np.zeros(padding, dtype=np.int64)
     groups = [
         _group([sequences[i] for i in members], starts, lengths, members, tensor)
@@ -113,7 +115,7 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
     ]
     if seconds:
         groups.append(_group_of_seconds(seconds, first_second, tensor))
-    return Batch(
+    batch = Batch(
         input_ids=tensor([*tokens, *pad])[None],
         positions=tensor(np.concatenate([*positions, pad]))[None],
         slot_mapping=tensor(np.concatenate(slots)),
@@ -123,6 +125,42 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
         noise_positions=tensor(noise_positions),
         num_tokens=len(tokens),
     )
+    if upload is not None:
+        upload.send()
+    return batch
+
+
+def _to_tensor(values: object) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(values, dtype=np.int64))
+
+
+class _Upload:
+    """A step's numbers, sent to the device in one copy: each alone costs the host more than it takes.
+
+    What a call returns has its numbers after `send`. PyTorch keeps the pinned memory until the copy
+    is done.
+    """
+
+    def __init__(self, device: torch.device, *, room: int = _ROOM) -> None:
+        is_pinned = device.type == "cuda"
+        self._host = torch.empty(room, dtype=torch.int64, pin_memory=is_pinned)
+        self._device = torch.empty(room, dtype=torch.int64, device=device)
+        self._used = 0
+
+    def __call__(self, values: object) -> torch.Tensor:
+        new = _to_tensor(values)
+        end = self._used + new.numel()
+        if end > len(self._host):
+            return new.to(self._device.device)
+        self._host[self._used : end] = new.flatten()
+        placed = self._device[self._used : end].view(new.shape)
+        self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
+        return placed
+
+    def send(self) -> None:
+        """Start the copy."""
+        end = min(self._used, len(self._host))
+        self._device[:end].copy_(self._host[:end], non_blocking=True)
 
 
 def _group_by_length(lengths: Seq[int]) -> list[list[int]]:
