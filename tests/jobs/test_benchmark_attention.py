@@ -20,7 +20,7 @@ def test_without_a_gpu_it_says_so(capsys):
 
 @CPU_ONLY
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
-def test_both_sides_compute_the_same(monkeypatch):
+def test_both_sides_compute_the_same(monkeypatch, interpreter):
     results = []
     monkeypatch.setattr(
         benchmark_attention, "_seconds", lambda calls: results.extend(call()[0] for call in calls)

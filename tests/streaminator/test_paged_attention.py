@@ -31,21 +31,21 @@ SPLIT_EDGES = [0, BLOCK - 1, SPLIT - 1, SPLIT, 2 * SPLIT - 3, 600]
 
 
 @pytest.fixture(autouse=True)
-def _interpreted_bfloat16(monkeypatch):
+def _interpreted_bfloat16(monkeypatch, interpreter):
     """Triton's interpreter multiplies the bits of bfloat16 as if they were integers (3.9)."""
     if not has_triton() or DEVICE.type == "cuda":
         return
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    product = interpreter.InterpreterBuilder.create_dot
+    module = pytest.importorskip("triton.runtime.interpreter")
+    product = module.InterpreterBuilder.create_dot
 
     def widened(handle):
         if handle.dtype.scalar.name != "bf16":
             return handle
         bits = handle.data.astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
+        return module.TensorHandle(bits.view(np.float32), module.tl.float32)
 
     monkeypatch.setattr(
-        interpreter.InterpreterBuilder,
+        module.InterpreterBuilder,
         "create_dot",
         lambda self, a, b, *rest: product(self, widened(a), widened(b), *rest),
     )
