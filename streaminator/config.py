@@ -89,6 +89,11 @@ class ModelConfig:
         "on a CPU: compile kernels for it, which fuse the layers of Llama-like models; needs packed_linear",
         tokens=True,
     )
+    paged_attention: bool = _option(
+        True,
+        "on a GPU: attention reads the KV blocks where they lie, by kernels of Triton",
+        tokens=True,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

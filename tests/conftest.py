@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings and models that the tests share."""
 
+import importlib
+import importlib.util
 import os
 
 # Read on import.
@@ -16,10 +18,23 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - so spelled by Ray
 import pytest
 import torch
 
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    # Read when kernels are defined: they run on the CPU then. Not for programs that tests start.
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("streaminator.engine.paged_kernels")
+    del os.environ["TRITON_INTERPRET"]
+
 from streaminator.engine.model_runner import ModelRunner
 from tests.fakes import FREE, PROMPTS, TOKENIZER, Draws, draw, load_runner, save_model
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton reads it again when a kernel runs."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ strict reproducible mode (set in `model_runner`); queries padded to a multiple o
 (where that mode is not to be had, on AMD, products of 1 to 3 rows differ from all others); keys
 read in chunks of `KEY_CHUNK` positions (longer products are split by a rule that depends on their
 padded length); and a fixed order of merging the chunks by their log-sum-exp (FlashAttention, Dao et
-al. 2022, section 3.1).
+al. 2022, section 3.1). On a GPU `paged_attention` does the work where `paged_trial` found it right.
 
 Shapes: T packed tokens, N query heads, K KV heads, G = N / K, B, Q, L as in `batch`, H head dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from streaminator.engine.batch import AttentionGroup, Batch
 from streaminator.engine.kv_cache import KVCache, LayerShape
+from streaminator.engine.paged_attention import attend_paged
 from streaminator.errors import ModelError
 
 NAME = "streaminator"
@@ -33,6 +34,18 @@ QUERY_MULTIPLE = 4
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "relative_position_bias")
 
 
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """How a layer calls attention."""
+
+    num_heads: int
+    shape: LayerShape
+    dtype: torch.dtype
+    scaling: float | None
+    sliding_window: int | None
+    softcap: float | None
+
+
 @dataclass(slots=True)
 class Stream:
     """What the attention function needs besides the layer's own tensors."""
@@ -40,7 +53,12 @@ class Stream:
     batch: Batch
     cache: KVCache | None
     """None in the probing forward, which only learns the layers' shapes."""
-    shapes: dict[int, LayerShape]
+    use_paged: bool = False
+    """Whether the kernels of `paged_attention` read the cache."""
+    lines: Any = None
+    """The batch's lines as `fused_layers` hands them to its kernels; made in the first layer."""
+    calls: dict[int, LayerCall] = field(default_factory=dict)
+    """Learned from the probing forward, by layer."""
 
 
 def attention(
@@ -80,13 +98,21 @@ def attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if stream.cache is None:
-        sizes = key.shape[1], key.shape[3], value.shape[3]
-        stream.shapes[layer] = LayerShape(*sizes, scale, sliding_window, softcap)
+        shape = LayerShape(key.shape[1], key.shape[3], value.shape[3])
+        stream.calls[layer] = LayerCall(
+            query.shape[1], shape, key.dtype, scaling, sliding_window, softcap
+        )
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     stream.cache.write(layer, stream.batch.slot_mapping, key, value)
     output = query.new_zeros(query.shape[0], query.shape[1], value.shape[-1])
     for group in stream.batch.groups:
+        if stream.use_paged:
+            attend_paged(
+                output, query, key, value, stream.cache.pools(layer), group,
+                scale=scale, window=sliding_window, softcap=softcap,
+            )  # fmt: skip
+            continue
         past = stream.cache.read(layer, group.block_table)
         if group.has_own_keys:
             lines = torch.arange(len(group.rows), device=query.device)

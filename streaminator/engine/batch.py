@@ -7,6 +7,7 @@ Shapes: T packed tokens (padded), B sequences of an attention group, Q queries p
 Used by: `engine.Engine` (makes it), `model_runner`, `attention`, `sampler`.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
@@ -20,13 +21,19 @@ from streaminator.sequence import Sequence
 # in the batch.
 ROW_MULTIPLE = 8
 
+_ROOM = 2**17  # numbers of a step that go to a GPU in one copy
+_ALIGNMENT = 16  # numbers; Triton compiles anew for pointers that are not multiples of 16 bytes
+
+
+_ToTensor = Callable[[object], torch.Tensor]
+
 
 @dataclass(slots=True)
 class AttentionGroup:
     """Sequences of similar query length, attended in one padded call."""
 
     rows: torch.Tensor
-    """[B, Q] packed row of each query; 0 where padded."""
+    """[B, Q] packed row of each query; 0 where padded, which is behind a sequence's first query."""
     block_table: torch.Tensor
     """[B, M] KV blocks; the null block where padded."""
     query_positions: torch.Tensor
@@ -77,14 +84,16 @@ class Batch:
     """[R] index in its completion of the token each sampled row draws."""
     num_tokens: int
     """T without padding."""
-    lines: Lines
+    lines: Lines | None
+    """None where the groups are given."""
     _groups: list[AttentionGroup] | None = None
 
     @property
     def groups(self) -> list[AttentionGroup]:
         """All lines, in groups of similar length; made on first use."""
         if self._groups is None:
-            self._groups = _make_groups(self.lines, self.input_ids.device)
+            assert self.lines is not None
+            self._groups = _make_groups(self.lines, _to_tensor)
         return self._groups
 
 
@@ -148,10 +157,9 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
     padding = -len(tokens) % ROW_MULTIPLE
     pad = np.zeros(padding, dtype=np.int64)
 
-    def tensor(values: object) -> torch.Tensor:
-        return _tensor(values, device)
-
-    return Batch(
+    upload = _Upload(device) if device.type == "cuda" else None
+    tensor = upload or _to_tensor
+    batch = Batch(
         input_ids=tensor([*tokens, *pad])[None],
         positions=tensor(np.concatenate([*positions, pad]))[None],
         slot_mapping=tensor(lines.slots),
@@ -161,21 +169,54 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
         num_tokens=len(tokens),
         lines=lines,
     )
+    if upload is not None:
+        batch._groups = _make_groups(lines, upload)
+        upload.send()
+    return batch
 
 
-def _tensor(values: object, device: torch.device) -> torch.Tensor:
-    return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(device, non_blocking=True)
+def _to_tensor(values: object) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(values, dtype=np.int64))
 
 
-def _make_groups(lines: Lines, device: torch.device) -> list[AttentionGroup]:
+class _Upload:
+    """A step's numbers, sent to the device in one copy: each alone costs the host more than it takes.
+
+    What a call returns has its numbers after `send`. PyTorch keeps the pinned memory until the copy
+    is done.
+    """
+
+    def __init__(self, device: torch.device, *, room: int = _ROOM) -> None:
+        is_pinned = device.type == "cuda"
+        self._host = torch.empty(room, dtype=torch.int64, pin_memory=is_pinned)
+        self._device = torch.empty(room, dtype=torch.int64, device=device)
+        self._used = 0
+
+    def __call__(self, values: object) -> torch.Tensor:
+        new = _to_tensor(values)
+        end = self._used + new.numel()
+        if end > len(self._host):
+            return new.to(self._device.device)
+        self._host[self._used : end] = new.flatten()
+        placed = self._device[self._used : end].view(new.shape)
+        self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
+        return placed
+
+    def send(self) -> None:
+        """Start the copy."""
+        end = min(self._used, len(self._host))
+        self._device[:end].copy_(self._host[:end], non_blocking=True)
+
+
+def _make_groups(lines: Lines, tensor: _ToTensor) -> list[AttentionGroup]:
     first_second = len(lines.counts) - lines.num_seconds
     groups = [
-        _group(lines, members, device)
+        _group(lines, members, tensor)
         for members in _group_by_length(lines.counts[:first_second].tolist())
     ]
     if lines.num_seconds:
         seconds = list(range(first_second, len(lines.counts)))
-        groups.append(replace(_group(lines, seconds, device), has_own_keys=True))
+        groups.append(replace(_group(lines, seconds, tensor), has_own_keys=True))
     return groups
 
 
@@ -191,17 +232,15 @@ def _group_by_length(lengths: Seq[int]) -> list[list[int]]:
     return groups
 
 
-def _group(lines: Lines, members: list[int], device: torch.device) -> AttentionGroup:
+def _group(lines: Lines, members: list[int], tensor: _ToTensor) -> AttentionGroup:
     counts = lines.counts[members][:, None]
     places = np.arange(counts.max())[None]
     is_valid = places < counts
     tables = lines.tables[members]
     used = int(np.flatnonzero(tables.any(0)).max(initial=0)) + 1
     return AttentionGroup(
-        rows=_tensor(np.where(is_valid, lines.starts[members][:, None] + places, 0), device),
-        block_table=_tensor(tables[:, :used], device),
-        query_positions=_tensor(
-            np.where(is_valid, lines.firsts[members][:, None] + places, 0), device
-        ),
-        valid=None if is_valid.all() else _tensor(np.flatnonzero(is_valid), device),
+        rows=tensor(np.where(is_valid, lines.starts[members][:, None] + places, 0)),
+        block_table=tensor(tables[:, :used]),
+        query_positions=tensor(np.where(is_valid, lines.firsts[members][:, None] + places, 0)),
+        valid=None if is_valid.all() else tensor(np.flatnonzero(is_valid)),
     )

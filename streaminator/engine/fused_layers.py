@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from streaminator.engine.attention import Stream
+from streaminator.engine.attention import LayerCall, Stream
 from streaminator.engine.batch import pack
 from streaminator.engine.kernels import (
     BLOCK_SIZE,
@@ -26,7 +26,7 @@ from streaminator.engine.kernels import (
     lines_of,
     shape_of,
 )
-from streaminator.engine.kv_cache import KVCache, LayerShape
+from streaminator.engine.kv_cache import KVCache
 from streaminator.engine.packed_linear import Packer
 from streaminator.sequence import Prompt
 from streaminator.sequence import Sequence as TokenSequence
@@ -44,7 +44,7 @@ class NotFusedError(Exception):
 class FusedLayer:
     """One layer; takes the place of its `forward`."""
 
-    def __init__(self, layer: Any, shape: LayerShape, kernels: Kernels, packer: Packer) -> None:
+    def __init__(self, layer: Any, call: LayerCall, kernels: Kernels, packer: Packer) -> None:
         self._layer = layer
         self._kernels = kernels
         self._packer = packer
@@ -58,10 +58,15 @@ class FusedLayer:
             [mlp.gate_proj, mlp.up_proj],
             [mlp.down_proj],
         ]
-        num_heads = attention.o_proj.in_features // shape.key_dim
-        norms = [norm.weight for norm in self._head_norms]
-        eps = _eps(self._head_norms[0]) if norms else 0.0
-        self._shape = shape_of(shape, num_heads, eps, (norms[0], norms[1]) if norms else None)
+        head_dim = call.shape.key_dim
+        self._shape = shape_of(
+            call.num_heads,
+            call.shape.num_heads,
+            scale=head_dim**-0.5 if call.scaling is None else call.scaling,
+            window=call.sliding_window,
+            eps=_eps(self._head_norms[0]) if self._head_norms else 0.0,
+            norms=[norm.weight for norm in self._head_norms],
+        )
         self.pack()
 
     @property
@@ -98,6 +103,9 @@ class FusedLayer:
     ) -> torch.Tensor:
         """[1, T, D] -> [1, T, D]."""
         assert stream.cache is not None
+        assert stream.batch.lines is not None
+        if stream.lines is None:
+            stream.lines = lines_of(stream.batch.lines)
         kernels = self._kernels
         qkv, output, gate_up, down = self._products
         first, second = self._norms
@@ -106,9 +114,9 @@ class FusedLayer:
         attended = kernels.attend(
             qkv(kernels.rms_norm(x, first.weight, _eps(first))),
             (cosine[0].contiguous(), sine[0].contiguous()),
-            stream.cache.layer(self._index),
+            stream.cache.pools(self._index),
             self._shape,
-            lines_of(stream.batch.lines),
+            stream.lines,
         )
         x = output.add_to(x, attended)
         both = gate_up(kernels.rms_norm(x, second.weight, _eps(second)))
@@ -116,44 +124,45 @@ class FusedLayer:
 
 
 def fuse_layers(
-    model: Any, shapes: dict[int, LayerShape], block_size: int, packer: Packer
+    model: Any, calls: dict[int, LayerCall], block_size: int, packer: Packer
 ) -> list[FusedLayer]:
     """All decoder layers of a model, tried, not installed yet.
 
     Raises: NotFusedError naming the reason.
     """
     decoder = model.get_decoder()
-    layers: Sequence[Any] = getattr(decoder, "layers", ())
-    if len(layers) != len(shapes) or not hasattr(decoder, "rotary_emb"):
+    layers: list[Any] = list(getattr(decoder, "layers", []))
+    if len(layers) != len(calls) or not hasattr(decoder, "rotary_emb"):
         raise NotFusedError(f"{type(model).__name__} is not built like a Llama")
     if block_size != BLOCK_SIZE:
         raise NotFusedError(f"they need --block_size {BLOCK_SIZE}")
     for layer in layers:
-        _check(layer, shapes)
+        _check(layer, calls)
     dtype = layers[0].mlp.down_proj.weight.dtype
     try:
-        kernels = {d: Kernels(d, shapes[0].key_dim) for d in {dtype, torch.float32}}
+        kernels = {d: Kernels(d, calls[0].shape.key_dim) for d in {dtype, torch.float32}}
     except KernelsMissingError as error:
         raise NotFusedError(f"kernels: {error}") from error
     trial = kernels[torch.float32], Packer(kernels[torch.float32])
     fused = []
     for layer in layers:
-        shape = shapes[layer.self_attn.layer_idx]
-        if not _computes_the_same(layer, decoder, shape, *trial):
+        call = calls[layer.self_attn.layer_idx]
+        if not _computes_the_same(layer, decoder, call, *trial):
             raise NotFusedError(f"{type(layer).__name__} computes something else than a Llama's")
-        fused.append(FusedLayer(layer, shape, kernels[dtype], packer))
+        fused.append(FusedLayer(layer, call, kernels[dtype], packer))
         if not fused[-1].can_pack():
             raise NotFusedError("a row of its products is not the same in any batch")
     return fused
 
 
-def _check(layer: Any, shapes: dict[int, LayerShape]) -> None:
+def _check(layer: Any, calls: dict[int, LayerCall]) -> None:
     """Raises: NotFusedError when a layer has not the parts that are known, and no others."""
     name = type(layer).__name__
     if {child for child, _ in layer.named_children()} != _PARTS:
         raise NotFusedError(f"{name} has other parts than a Llama's")
     attention, mlp = layer.self_attn, layer.mlp
-    shape = shapes[attention.layer_idx]
+    call = calls[attention.layer_idx]
+    shape = call.shape
     parts = {child for child, _ in attention.named_children()} - {"rotary_emb"}
     if parts not in (_ATTENTION, _ATTENTION | _NORMS):
         raise NotFusedError(f"{type(attention).__name__} has other parts than a Llama's")
@@ -165,7 +174,7 @@ def _check(layer: Any, shapes: dict[int, LayerShape]) -> None:
     if len({product.weight.dtype for product in products}) > 1:
         raise NotFusedError(f"{name} has weights of several types")
     sizes = (mlp.down_proj.in_features, mlp.down_proj.out_features, shape.key_dim)
-    if any(size % 16 for size in sizes) or shape.value_dim != shape.key_dim or shape.softcap:
+    if any(size % 16 for size in sizes) or shape.value_dim != shape.key_dim or call.softcap:
         raise NotFusedError(f"{name} has sizes or scores that the kernels do not know")
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     head_norms = [attention.q_norm, attention.k_norm] if _has_norms(attention) else []
@@ -178,7 +187,7 @@ def _check(layer: Any, shapes: dict[int, LayerShape]) -> None:
 
 @torch.inference_mode()
 def _computes_the_same(
-    layer: Any, decoder: Any, shape: LayerShape, kernels: Kernels, packer: Packer
+    layer: Any, decoder: Any, call: LayerCall, kernels: Kernels, packer: Packer
 ) -> bool:
     """Whether the fused layer agrees with the layer, both in float32, on made-up rows."""
     layer = copy.deepcopy(layer).float()
@@ -186,17 +195,17 @@ def _computes_the_same(
     generator = torch.Generator().manual_seed(index)
     device = torch.device("cpu")
     results = []
-    for forward in (layer.forward, FusedLayer(layer, shape, kernels, packer)):
+    for forward in (layer.forward, FusedLayer(layer, call, kernels, packer)):
         generator.manual_seed(index)
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        cache = KVCache({index: shape}, num_blocks=8, block_size=BLOCK_SIZE, **options)
+        cache = KVCache({index: call.shape}, num_blocks=8, block_size=BLOCK_SIZE, **options)
         deltas = []
         for batch in _made_up_steps():
             x = torch.randn(
                 1, batch.positions.shape[1], layer.mlp.down_proj.out_features, generator=generator
             )
             rotary = decoder.rotary_emb(x, position_ids=batch.positions)
-            stream = Stream(batch, cache, {})
+            stream = Stream(batch, cache)
             result = forward(x, position_embeddings=rotary, stream=stream, attention_mask=None)
             if not isinstance(result, torch.Tensor):
                 return False

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from typing import Any
 import torch
 
 from streaminator.engine.batch import Lines
-from streaminator.engine.kv_cache import LayerShape
 
 BLOCK_SIZE = 16
 """Tokens of a KV block: the kernels read a block's keys as one vector."""
@@ -176,15 +176,17 @@ class KernelProduct:
 
 
 def shape_of(
-    layer: LayerShape,
     num_heads: int,
+    num_kv_heads: int,
+    *,
+    scale: float,
+    window: int | None = None,
     eps: float = 0.0,
-    norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+    norms: Sequence[torch.Tensor] = (),
 ) -> _Shape:
     """A layer's attention; `norms` [H] of queries and keys, if it has any, must outlive it."""
-    pointers = (None, None) if norms is None else (n.data_ptr() for n in norms)
-    window = 1 << 40 if layer.window is None else layer.window
-    return _Shape(num_heads, layer.num_heads, layer.scale, eps, window, *pointers)
+    pointers = [norm.data_ptr() for norm in norms] or [None, None]
+    return _Shape(num_heads, num_kv_heads, scale, eps, window or 1 << 40, *pointers)
 
 
 def lines_of(lines: Lines) -> _Lines:

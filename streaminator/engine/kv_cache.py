@@ -14,15 +14,11 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What one layer stores per token, and how it attends to it."""
+    """What one layer stores per token."""
 
     num_heads: int
     key_dim: int
     value_dim: int
-    scale: float = 1.0
-    window: int | None = None
-    """Keys that a query sees at most, itself included."""
-    softcap: float | None = None
 
 
 class KVCache:
@@ -78,9 +74,9 @@ class KVCache:
         for pool, new in zip(self._layers[layer], (key, value), strict=True):
             pool.flatten(0, 1).index_copy_(0, slots, new[: slots.shape[0]].to(pool.dtype))
 
-    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer [N, S, K, H], for who lays out blocks in its own way."""
-        key, value = self._layers[index]
+    def pools(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [N, S, K, H] of one layer, where they lie."""
+        key, value = self._layers[layer]
         return key, value
 
     def read(self, layer: int, block_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

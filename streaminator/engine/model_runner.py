@@ -4,6 +4,7 @@
 Used by: `engine.Engine`, `streaminator.session`.
 """
 
+import logging
 import os
 from typing import Any
 
@@ -11,18 +12,21 @@ import torch
 from transformers import AttentionInterface
 
 from streaminator.config import EngineConfig, ModelConfig
-from streaminator.engine.attention import NAME, Stream, attention
+from streaminator.engine.attention import NAME, LayerCall, Stream, attention
 from streaminator.engine.batch import Batch
 from streaminator.engine.checkpoint import load_model
 from streaminator.engine.device import resolve_device, resolve_dtype
 from streaminator.engine.fused_layers import FusedLayer, NotFusedError, fuse_layers
 from streaminator.engine.kernels import Kernels, KernelsMissingError
-from streaminator.engine.kv_cache import KVCache, LayerShape, bytes_per_block
+from streaminator.engine.kv_cache import KVCache, bytes_per_block
 from streaminator.engine.packed_linear import Packer, find_packable, pack_linear
+from streaminator.engine.paged_trial import why_not_paged
 from streaminator.engine.reproducible import separate_expert_rows
 from streaminator.errors import ConfigError, ModelError, first_line
 
 AttentionInterface.register(NAME, attention)
+
+_log = logging.getLogger("streaminator")
 
 
 class ModelRunner:
@@ -47,7 +51,10 @@ class ModelRunner:
         self._packed: list[torch.nn.Linear] = []
         self._fused: list[FusedLayer] = []
         self._not_fused = ""
-        self.shapes = self._probe()
+        self._pages = config.paged_attention and self.device.type == "cuda"
+        self._use_paged: dict[int, bool] = {}
+        self._calls = self._probe()
+        self.shapes = {layer: call.shape for layer, call in self._calls.items()}
 
     @property
     def max_model_len(self) -> int | None:
@@ -99,7 +106,7 @@ class ModelRunner:
         self._packer = Packer(kernels)
         if kernels:
             try:
-                self._fused = fuse_layers(self.model, self.shapes, block_size, self._packer)
+                self._fused = fuse_layers(self.model, self._calls, block_size, self._packer)
             except NotFusedError as error:
                 self._not_fused = str(error)
         fused = {linear for layer in self._fused for linear in layer.linears}
@@ -124,6 +131,7 @@ class ModelRunner:
 
         Raises: ConfigError when they do not fit, or one sequence does not fit into them.
         """
+        self._try_paged(config.block_size)
         per_block = bytes_per_block(self.shapes, config.block_size, self.dtype)
         num_blocks = self.num_blocks(config, max_length)
         try:
@@ -166,7 +174,7 @@ class ModelRunner:
             position_ids=batch.positions,
             logits_to_keep=batch.sampled_rows,
             use_cache=False,
-            stream=Stream(batch, cache, {}),
+            stream=Stream(batch, cache, self._use_paged.get(cache.block_size, False)),
         )
         return output.logits[0, : len(batch.noise_keys)]
 
@@ -202,11 +210,24 @@ class ModelRunner:
         except FileNotFoundError:  # not Linux
             return 0
 
+    @property
+    def is_paged(self) -> bool:
+        """Whether attention reads the KV blocks where they lie."""
+        return any(self._use_paged.values())
+
+    def _try_paged(self, block_size: int) -> None:
+        if not self._pages or block_size in self._use_paged:
+            return
+        reason = why_not_paged(set(self._calls.values()), block_size, self.device)
+        self._use_paged[block_size] = reason is None
+        if reason is not None:
+            _log.warning("attention gathers its keys, which is slower: %s", reason)
+
     @torch.inference_mode()
-    def _probe(self) -> dict[int, LayerShape]:
-        """Run one token to learn what each layer stores."""
+    def _probe(self) -> dict[int, LayerCall]:
+        """Run one token to learn what each layer stores, and how it attends."""
         zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        stream = Stream(None, None, {})  # type: ignore[arg-type]
+        stream = Stream(None, None)  # type: ignore[arg-type]
         name = type(self.model).__name__
         try:
             self.model(
@@ -222,12 +243,12 @@ class ModelRunner:
                 "give another --dtype, or a decoder-only model of transformers"
             ) from error
         num_layers = self.model.config.get_text_config().num_hidden_layers
-        if len(stream.shapes) != num_layers:
+        if len(stream.calls) != num_layers:
             raise ModelError(
-                f"{name} calls the registered attention in {len(stream.shapes)} of its "
+                f"{name} calls the registered attention in {len(stream.calls)} of its "
                 f"{num_layers} layers; give a model that attends in every layer"
             )
-        return stream.shapes
+        return stream.calls
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -96,7 +96,7 @@ def pack_linear(layers: Iterable[torch.nn.Linear], packer: Packer) -> None:
     Their own weights stay what `state_dict` gives, so that these layers take twice their memory.
     """
     for layer in layers:
-        layer.forward = packer.pack(layer.weight.detach(), layer.bias)
+        layer.forward = packer.pack(layer.weight.detach(), layer.bias)  # type: ignore[method-assign]
 
 
 class _OneDnnProduct:

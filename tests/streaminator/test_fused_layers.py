@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Llama-like layers by compiled kernels: the same text as without, and the same in any batch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from streaminator.config import EngineConfig, ModelConfig, SamplingParams, SpeculatorConfig
+from streaminator.engine import kernels
+from streaminator.engine.model_runner import ModelRunner
+from tests.fakes import draw, make_engine, make_prompt, random_tokens, tokens
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "eos_token_id": None,
+    "initializer_range": 0.2,
+}
+FUSED = {
+    "Llama": transformers.LlamaConfig(**SIZES),
+    "Llama with biases": transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "Qwen2": transformers.Qwen2Config(**SIZES),
+    "Qwen3": transformers.Qwen3Config(**SIZES),
+    "Mistral, window": transformers.MistralConfig(**SIZES, sliding_window=20),
+}
+OTHERS = {
+    "Granite": transformers.GraniteConfig(**SIZES, residual_multiplier=0.5),
+    "Llama, gelu": transformers.LlamaConfig(**SIZES, hidden_act="gelu"),
+    "Llama, odd heads": transformers.LlamaConfig(**(SIZES | {"head_dim": 24})),
+    "Gemma": transformers.GemmaConfig(**SIZES),
+}
+PROMPTS = [make_prompt(f"p{n}", random_tokens(n, seed=n), 3) for n in (3, 16, 17, 40, 61)]
+SAMPLING = SamplingParams(temperature=0.8, max_length=24, seed=3)
+
+
+def save(folder: Path, config: Any, dtype: torch.dtype) -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                weight.add_(torch.randn_like(weight) * 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, dtype: str = "float32", **changes: Any) -> ModelRunner:
+    return ModelRunner(ModelConfig(model_name=str(folder), dtype=dtype, device="cpu", **changes))
+
+
+def sample(runner: ModelRunner, width: int = 4, **changes: Any) -> Any:
+    engine = EngineConfig(stream_width=width, max_batched_tokens=48, block_size=16)
+    return draw(
+        runner, PROMPTS, sampling=SAMPLING, engine=engine, speculator=SpeculatorConfig(**changes)
+    )
+
+
+def told(runner: ModelRunner) -> str:
+    return make_engine(runner, sampling=SAMPLING).memory
+
+
+def has_compiler() -> bool:
+    try:
+        kernels.Kernels(torch.float32)
+    except kernels.KernelsMissingError:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_layers_give_the_text_that_plain_ones_do(name: str, tmp_path: Path) -> None:
+    folder = save(tmp_path, FUSED[name], torch.float32)
+    runner, plain = load(folder), load(folder, packed_linear=False)
+    assert told(runner).endswith("layers are fused")
+    fused, expected = sample(runner), sample(plain)
+    assert tokens(fused) == tokens(expected)
+    for key, completion in fused.items():
+        assert completion.logprobs == pytest.approx(expected[key].logprobs, abs=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_completion_does_not_depend_on_the_batch_in_either_type(
+    name: str, dtype: str, tmp_path: Path
+) -> None:
+    runner = load(save(tmp_path, FUSED[name], getattr(torch, dtype)), dtype)
+    alone = sample(runner, width=1, spec_decoding=False)
+    assert told(runner).endswith("layers are fused")
+    for other in (
+        sample(runner, width=5, spec_decoding=False),
+        sample(runner, width=3, speculator="ngram", num_speculative_tokens=5, ngram_order=2),
+        sample(runner, width=4, num_speculative_tokens=6),
+    ):
+        assert tokens(other) == tokens(alone)
+        for key, completion in other.items():
+            assert completion.logprobs == alone[key].logprobs
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_that_only_look_like_a_llamas_stay_as_they_are(name: str, tmp_path: Path) -> None:
+    runner = load(save(tmp_path, OTHERS[name], torch.float32))
+    assert "layers are not fused: " in told(runner)
+    expected = sample(load(tmp_path, packed_linear=False))
+    assert tokens(sample(runner)) == tokens(expected)
+
+
+def test_without_a_compiler_layers_stay_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = load(save(tmp_path, FUSED["Llama"], torch.float32))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    kernels._load.cache_clear()
+    assert "there is no C compiler; install gcc, or name one in CC" in told(runner)
+    assert not list(tmp_path.glob("cache/**/*.so"))
+
+
+def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = load(save(tmp_path, FUSED["Llama"], torch.float32))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", "false")
+    kernels._load.cache_clear()
+    assert "false does not compile them" in told(runner)
+    assert not list(tmp_path.glob("cache/**/*.so"))
+
+
+def test_the_switch_leaves_layers_as_they_are(tmp_path: Path) -> None:
+    runner = load(save(tmp_path, FUSED["Llama"], torch.float32), compiled_kernels=False)
+    assert "fused" not in told(runner)
+
+
+@needs_compiler
+def test_new_weights_reach_the_fused_layers(tmp_path: Path) -> None:
+    runner = load(save(tmp_path, FUSED["Llama"], torch.float32))
+    before = sample(runner)
+    projection = runner.model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        projection.neg_()
+        runner.repack_weights()
+        changed = sample(runner)
+        projection.neg_()
+        runner.repack_weights()
+    assert tokens(changed) != tokens(before)
+    assert tokens(sample(runner)) == tokens(before)
