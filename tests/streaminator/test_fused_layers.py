@@ -16,7 +16,7 @@ from tests.fakes import draw, make_engine, make_prompt, random_tokens, tokens
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
-    "hidden_size": 64,
+    "hidden_size": 96,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
@@ -157,3 +157,19 @@ def test_new_weights_reach_the_fused_layers(tmp_path: Path) -> None:
         runner.repack_weights()
     assert tokens(changed) != tokens(before)
     assert tokens(sample(runner)) == tokens(before)
+
+
+@needs_compiler
+def test_what_is_not_finite_fails_the_completions_that_drew_it_alone(tmp_path: Path) -> None:
+    folder = save(tmp_path, FUSED["Llama"], torch.float32)
+    runner, plain = load(folder), load(folder, packed_linear=False)
+    for some in (runner, plain):
+        with torch.no_grad():
+            some.model.get_input_embeddings().weight[7] = float("nan")
+    expected = sample(plain, width=1, spec_decoding=False)
+    assert 0 < sum(bool(c.error) for c in expected.values()) < len(expected)
+    for fused in (sample(runner, width=5), sample(runner, width=1, spec_decoding=False)):
+        assert {key: c.error for key, c in fused.items()} == {
+            key: c.error for key, c in expected.items()
+        }
+        assert tokens(fused) == tokens(expected)
