@@ -171,7 +171,7 @@ def _check(layer: Any, calls: dict[int, LayerCall]) -> None:
     products = [getattr(attention, part) for part in _ATTENTION] + [getattr(mlp, p) for p in _MLP]
     if any(type(product) is not torch.nn.Linear for product in products):
         raise NotFusedError(f"{name} has products of other kinds than torch's Linear")
-    if len({product.weight.dtype for product in products}) > 1:
+    if len({parameter.dtype for parameter in layer.parameters()}) > 1:
         raise NotFusedError(f"{name} has weights of several types")
     sizes = (mlp.down_proj.in_features, mlp.down_proj.out_features, shape.key_dim)
     if any(size % 16 for size in sizes) or shape.value_dim != shape.key_dim or call.softcap:
