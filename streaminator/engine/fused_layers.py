@@ -51,7 +51,7 @@ class FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
         self._index: int = attention.layer_idx
         self._norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        self._head_norms = [attention.q_norm, attention.k_norm] if _has_norms(attention) else []
+        self._head_norms = _head_norms(attention)
         self._sources = [
             [attention.q_proj, attention.k_proj, attention.v_proj],
             [attention.o_proj],
@@ -177,7 +177,7 @@ def _check(layer: Any, calls: dict[int, LayerCall]) -> None:
     if any(size % 16 for size in sizes) or shape.value_dim != shape.key_dim or call.softcap:
         raise NotFusedError(f"{name} has sizes or scores that the kernels do not know")
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    head_norms = [attention.q_norm, attention.k_norm] if _has_norms(attention) else []
+    head_norms = _head_norms(attention)
     dims = [sizes[1]] * 2 + [shape.key_dim] * len(head_norms)
     for norm, dim in zip(norms + head_norms, dims, strict=True):
         is_known = getattr(norm, "weight", None) is not None and _eps(norm) is not None
@@ -236,8 +236,10 @@ def _made_up_steps() -> list[Any]:
     return [pack(step, block_size=BLOCK_SIZE, device=device) for step in (first, then)]
 
 
-def _has_norms(attention: Any) -> bool:
-    return getattr(attention, "q_norm", None) is not None
+def _head_norms(attention: Any) -> list[Any]:
+    """Of queries and of keys, if there are such."""
+    has_norms = getattr(attention, "q_norm", None) is not None
+    return [attention.q_norm, attention.k_norm] if has_norms else []
 
 
 def _eps(norm: Any) -> Any:

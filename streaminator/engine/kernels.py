@@ -116,7 +116,7 @@ class Kernels:
         Args:
             qkv: [T, (N + 2 K) * H].
             rotary: cosine and sine [T, H].
-            cache: a layer's keys and values, of which a block holds [K, H, S] and [K, S, H].
+            cache: a layer's keys and values, of which a block holds the keys transposed (`csrc/layers.c`).
             shape: of `shape_of`.
             lines: of `lines_of`.
 
@@ -205,7 +205,10 @@ def lines_of(lines: Lines) -> _Lines:
 
 @cache
 def _load(is_bf16: bool, head_dim: int) -> Any:
-    library = ctypes.CDLL(str(_compile(is_bf16, head_dim)))
+    try:
+        library = ctypes.CDLL(str(_compile(is_bf16, head_dim)))
+    except OSError as error:  # no OpenMP, or a folder from which nothing may be run
+        raise KernelsMissingError(f"they do not load ({error})") from error
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
     number = ctypes.c_int
     library.rms_norm.argtypes = (*(pointer,) * 3, integer, integer, ctypes.c_float, number)
@@ -257,13 +260,13 @@ def _compiler() -> list[str]:
 
 def _folder() -> Path:
     """Where libraries are kept: the user's own, since what lies there is run."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "streaminator"
     try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(root) / "streaminator"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         pass
     return _own_folder()
 

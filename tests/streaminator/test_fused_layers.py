@@ -139,6 +139,28 @@ def test_a_compiler_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.glob("cache/**/*.so"))
 
 
+@needs_compiler
+def test_a_library_that_does_not_load_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = load(save(tmp_path, FUSED["Llama"], torch.float32))
+    monkeypatch.setattr(kernels, "_compile", lambda *_: tmp_path / "nothing.so")
+    kernels._load.cache_clear()
+    assert "layers are not fused: they do not load" in told(runner)
+
+
+@needs_compiler
+def test_a_user_without_a_home_has_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    runner = load(save(tmp_path, FUSED["Llama"], torch.float32))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(kernels.Path, "home", no_home)
+    kernels._load.cache_clear()
+    assert told(runner).endswith("layers are fused")
+
+
 def test_the_switch_leaves_layers_as_they_are(tmp_path: Path) -> None:
     runner = load(save(tmp_path, FUSED["Llama"], torch.float32), compiled_kernels=False)
     assert "fused" not in told(runner)
