@@ -5,7 +5,7 @@
     python -m jobs.benchmark --engines plain,memory,vllm,vllm-suffix --widths 4,16,64
 
 - plain: this engine without speculation; speculative: with it, as configured; ngram, memory: with
-  that speculator.
+  that speculator; plain-siblings, memory-siblings: with `--in_flight_per_prompt auto`.
 - transformers: `generate` with its own cache and sdpa attention, on left-padded batches of
   `--stream_width` rows, all completions of a prompt after one another; transformers-batch:
   `generate_batch`.
@@ -19,8 +19,9 @@ repeats of the ratios within one. What an engine drew is held against the model
 correct engine of others, or to plain. Exit code 1: one of this engine's modes is wrong, or
 speculation changed a token in float32 or float64 on a CPU.
 
-With `--widths 1,4,16` the comparison is made at each of these stream widths, with at least as many
-prompts as slots. The output ends with a line of JSON for each width.
+With `--widths 1,4,16` the comparison is made at each of these stream widths; with fewer prompts than
+slots (`--num_samples`), strict affinity leaves slots empty. The output ends with a line of JSON for
+each width.
 """
 
 import argparse
@@ -77,9 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
     tokenizer = load_tokenizer(config.model)
     widths = other.widths or [config.engine.stream_width]
-    num = config.data.num_samples
-    data = replace(config.data, num_samples=None if num is None else max(num, *widths, 1))
-    prompts = list(load_prompts(data, tokenizer))
+    prompts = list(load_prompts(config.data, tokenizer))
     results, named = [], config.model
     with tempfile.TemporaryDirectory(prefix="streaminator-benchmark-") as folder:
         if other.random_model != "none":
@@ -92,14 +91,13 @@ def main(argv: Sequence[str]) -> int:
         load = _load(config, runner, prompts)
         del runner  # the engines need the memory
         checker = _make_checker(config, load)
+        draw = _draw(config, prompts)
         for width in widths:
-            some = prompts if num is None else prompts[: max(num, width)]
-            draw = _draw(config, some)
             measured = measure(
                 programs, replace(load, stream_width=width), draw, repeats=other.repeats
             )
             measured.failed |= missing
-            result = told | _describe_work(config, some, width)
+            result = told | _describe_work(config, prompts, width)
             result |= _result(config, measured, draw, checker, machine, shape, width)
             results.append(result)
             print(table(result), end="\n\n", flush=True)

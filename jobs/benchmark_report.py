@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.benchmark_measure import Measured
 from jobs.engines.protocol import Run
-from jobs.engines.registry import OWN
+from jobs.engines.registry import OWN, SIBLINGS
 
 # They load torch, which --help does not need.
 if TYPE_CHECKING:
@@ -77,6 +77,11 @@ def _reference(runs: dict[str, list[Run]], correct: Sequence[str]) -> str | None
 def _pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     own = [name for name in names if name in OWN]
     pairs = [(name, "plain") for name in own if name != "plain" and "plain" in own]
+    pairs += [
+        (name, strict)
+        for name in own
+        if (strict := name.removesuffix(SIBLINGS)) in own and strict not in (name, "plain")
+    ]
     return pairs + [(name, peer) for peer in names if peer not in OWN for name in own]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from jobs.engines.protocol import Draw, Drawer, Load, Run, serve, timed
+from jobs.engines.registry import SIBLINGS
 from streaminator.config import JobConfig, SpeculatorConfig
 from streaminator.engine.engine import Engine
 from streaminator.engine.model_runner import ModelRunner
@@ -33,8 +34,10 @@ def load(what: Load) -> Drawer:
     lists = {n: tuple(v) if isinstance(v, list) else v for n, v in what.settings.items()}
     config = JobConfig.from_flat(lists)
     runner = ModelRunner(replace(config.model, model_name=what.model))
-    speculator = _speculator(what.engine, config.speculator)
+    speculator = _speculator(what.engine.removesuffix(SIBLINGS), config.speculator)
     engine_config = replace(config.engine, stream_width=what.stream_width)
+    if what.engine.endswith(SIBLINGS):
+        engine_config = replace(engine_config, in_flight_per_prompt=None)
 
     def draw(draw: Draw) -> Run:
         engine = Engine(

@@ -17,7 +17,9 @@ from streaminator.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT / ".venv-peers"
-OWN = ("plain", "speculative", "ngram", "memory")
+SIBLINGS = "-siblings"
+"""Behind a name of this engine's: with completions of one prompt in flight together."""
+OWN = ("plain", "speculative", "ngram", "memory", "plain-siblings", "memory-siblings")
 DEFAULT = ("plain", "speculative", "transformers")
 # name: module of the program, of another environment or not
 _PROGRAMS = {

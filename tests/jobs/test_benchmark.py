@@ -123,6 +123,22 @@ def test_the_last_line_is_the_whole_result(tmp_path: Path) -> None:
             assert engine["roofline"]["share"] > 0
 
 
+def test_siblings_fill_slots_that_strict_affinity_leaves_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*make_inputs(tmp_path), "--num_samples", "2", "--num_completions", "4"]
+    flags += ["--widths", "8", "--max_length", "24", "--repeats", "1", "--device", "cpu"]
+    names = ["plain", "memory", "plain-siblings", "memory-siblings"]
+    code, result = run(monkeypatch, capsys, *flags, "--engines", ",".join(names))
+    assert code == 0
+    assert result["num_prompts"] == 2
+    assert result["outputs"]["differing"] == dict.fromkeys(names, 0)
+    engines = result["engines"]
+    assert max(engines[name]["occupancy"] for name in names[:2]) <= 2 / 8
+    assert min(engines[name]["occupancy"] for name in names[2:]) > 2 / 8
+    assert "memory-siblings/memory" in result["ratios"]
+
+
 def test_greedy_completions_are_those_of_generate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
