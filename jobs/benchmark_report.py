@@ -211,10 +211,10 @@ def _text_lines(result: dict[str, Any]) -> list[str]:
 
 
 def overview(results: Sequence[dict[str, Any]]) -> str:
-    """Tokens per second of every engine at every width; wrong ones are marked."""
+    """Tokens per second of every engine at every width, wrong ones marked, and at its best."""
     widths = [result["stream_width"] for result in results]
     names = list(dict.fromkeys(name for result in results for name in result["engines"]))
-    lines = ["Tokens per second by stream width"]
+    lines, best = ["Tokens per second by stream width"], {}
     lines.append(f"{'':20}" + "".join(f"{width:>12}" for width in widths) + f"{'best':>12}")
     for name in names:
         cells, speeds = [], []
@@ -227,8 +227,15 @@ def overview(results: Sequence[dict[str, Any]]) -> str:
             else:
                 speeds.append(engine["tokens_per_second"])
                 cells.append(f"{speeds[-1]:.1f}")
-        cells.append(f"{max(speeds):.1f}" if speeds else "-")
+        if speeds:
+            best[name] = max(speeds)
+        cells.append(f"{best[name]:.1f}" if speeds else "-")
         lines.append(f"{name:20}" + "".join(f"{cell:>12}" for cell in cells))
+    peers = [name for name in best if name not in OWN]
+    if peers:
+        peer = max(peers, key=best.__getitem__)
+        lines += ["", f"Each at its best width, to {peer}"]
+        lines += [f"{n:34}{best[n] / best[peer]:7.2f}" for n in best if n != peer]
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from jobs import roofline
 from jobs.benchmark_check import Checker
+from jobs.benchmark_report import overview
 from jobs.engines import registry
 from jobs.engines.client import Client, EngineFailedError
 from jobs.engines.protocol import Draw, Load, Run
@@ -141,6 +142,26 @@ def test_the_table_says_wrong_and_why(tmp_path, monkeypatch, capsys):
         if line.startswith(peer) and line.split()[1:] == ["wrong", "wrong", "-"]
     )
     assert row
+
+
+def test_engines_are_compared_at_the_best_width_of_each():
+    def result(width, **speeds):
+        check = {name: {"is_correct": speed > 0} for name, speed in speeds.items()}
+        return {
+            "stream_width": width,
+            "engines": {
+                name: {"tokens_per_second": abs(speed), "check": check[name]}
+                for name, speed in speeds.items()
+            },
+        }
+
+    # At 8, vllm is fastest and wrong.
+    results = [result(4, plain=10, memory=30, vllm=20), result(8, plain=40, memory=35, vllm=-99)]
+    assert overview(results).splitlines()[-3:] == [
+        "Each at its best width, to vllm",
+        f"{'plain':34}   2.00",
+        f"{'memory':34}   1.75",
+    ]
 
 
 def test_an_engine_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
