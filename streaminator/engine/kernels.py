@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from streaminator.engine.batch import Lines
+from streaminator.engine.huge_pages import Pages
 
 BLOCK_SIZE = 16
 """Tokens of a KV block: the kernels read a block's keys as one vector."""
@@ -82,9 +83,11 @@ class Kernels:
         """Whether there is a product for weights of this shape, and none faster is known."""
         return self._has_products and num_outputs % _PANEL == 0 and num_inputs % 2 == 0
 
-    def product(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "KernelProduct":
+    def product(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, pages: Pages
+    ) -> "KernelProduct":
         """The product with a packed copy of `weight` [D', D]; see `packed_linear.Product`."""
-        return KernelProduct(self._library, self._num_threads, weight, bias)
+        return KernelProduct(self._library, self._num_threads, weight, bias, pages)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """[T, D] -> [T, D]."""
@@ -138,13 +141,18 @@ class KernelProduct:
     """A product with packed weights; a `packed_linear.Product`."""
 
     def __init__(
-        self, library: Any, num_threads: int, weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        library: Any,
+        num_threads: int,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        pages: Pages,
     ) -> None:
         self._library, self._num_threads = library, num_threads
         self._num_outputs, self._num_inputs = weight.shape
         self._bias = bias
         weight = weight.contiguous()
-        self._packed = torch.empty_like(weight)
+        self._packed = pages.empty_like(weight)
         self.nbytes = weight.nbytes
         library.pack_weight(weight.data_ptr(), self._packed.data_ptr(), *weight.shape)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from streaminator.engine import huge_pages
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -42,7 +44,7 @@ class KVCache:
         self._places = list(places.values())
         # Tensors of one shape lie in one piece, so that a block is cleared in one operation.
         self._pieces = [
-            torch.zeros(len(members), num_blocks, block_size, *shape, **self._options)
+            self._zeros(len(members), num_blocks, block_size, *shape)
             for shape, members in places.items()
         ]
         self._gathered: dict[tuple[int, ...], torch.Tensor] = {}
@@ -56,10 +58,15 @@ class KVCache:
     def grow(self, num_blocks: int) -> None:
         """Add blocks, up to `num_blocks`; what is stored stays."""
         for index, old in enumerate(self._pieces):
-            new = torch.zeros(old.shape[0], num_blocks, *old.shape[2:], **self._options)
+            new = self._zeros(old.shape[0], num_blocks, *old.shape[2:])
             new[:, : old.shape[1]] = old
             self._pieces[index] = new
         self._map_layers()
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        if self._options["device"].type == "cpu":
+            return huge_pages.zeros(shape, self._options["dtype"])
+        return torch.zeros(*shape, **self._options)
 
     def _map_layers(self) -> None:
         self._layers: dict[int, list[torch.Tensor]] = {}

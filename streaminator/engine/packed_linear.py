@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from streaminator.engine.huge_pages import Pages
 from streaminator.engine.kernels import Kernels
 
 _ROWS = (8, 16, 24, 32, 48, 64, 96, 136, 264)
@@ -46,13 +47,17 @@ class Packer:
 
     def __init__(self, kernels: Kernels | None) -> None:
         self._kernels = kernels
+        self._pages = Pages()
         self._can_pack: dict[tuple[torch.Size, torch.dtype], bool] = {}
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
         """The product with the weights as they are now."""
+        return self._pack(weight, bias, self._pages)
+
+    def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None, pages: Pages) -> Product:
         kernels = self._kernels
         if kernels and kernels.dtype == weight.dtype and kernels.has_product(*weight.shape):
-            return kernels.product(weight, bias)
+            return kernels.product(weight, bias, pages)
         return _OneDnnProduct(weight, bias)
 
     @torch.inference_mode()
@@ -64,7 +69,7 @@ class Packer:
         return self._can_pack[kind]
 
     def _are_rows_equal(self, weight: torch.Tensor) -> bool:
-        packed = self.pack(weight, None)
+        packed = self._pack(weight, None, Pages())
         generator = torch.Generator().manual_seed(0)
         rows = torch.randn(_ROWS[-1], weight.shape[1], generator=generator).to(weight.dtype)
         base = torch.randn(_ROWS[-1], weight.shape[0], generator=generator).to(weight.dtype)
