@@ -24,7 +24,8 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._num_references = [0] * num_blocks
-        # Oldest first: a freed block keeps its content, for the prefix cache, as long as possible.
+        # The next to hand out first. A freed block that can be found by its content keeps it as long
+        # as possible; others are taken again at once, so that a stream touches little memory.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
         self._block_of_key: dict[bytes, int] = {}
         self._key_of_block: dict[int, bytes] = {}
@@ -84,6 +85,8 @@ class BlockManager:
             self._num_references[block] -= 1
             if self._num_references[block] == 0:
                 self._free[block] = None
+                if block not in self._key_of_block:
+                    self._free.move_to_end(block, last=False)
 
     def prefix_keys(self, token_ids: Sequence[int]) -> list[bytes]:
         """One key per full block of `token_ids`; equal keys mean equal tokens up to there."""

@@ -336,6 +336,24 @@ def test_a_freed_block_is_found_again_until_it_is_handed_out() -> None:
     assert manager.cached_blocks(keys) == blocks[:1]
 
 
+def test_a_large_pool_is_touched_only_as_far_as_it_is_used_and_prefixes_stay() -> None:
+    manager = BlockManager(1000, SIZE)
+    keys = manager.prefix_keys(range(2 * SIZE))
+    prompt = manager.allocate(2)
+    for block, key in zip(prompt, keys, strict=True):
+        manager.publish(block, key)
+    touched = set(prompt)
+    for _ in range(50):
+        manager.share(prompt)
+        tail = manager.allocate(3)
+        touched.update(tail)
+        manager.free(prompt + tail)
+    manager.free(prompt)
+    assert len(touched) == 5
+    manager.free(manager.allocate(900))
+    assert manager.cached_blocks(keys) == prompt
+
+
 def test_damage_is_noticed() -> None:
     manager = BlockManager(4, SIZE)
     blocks = manager.allocate(2)
