@@ -8,6 +8,8 @@ layers of a model are fused, or none: keys lie differently in the cache (`csrc/l
 
     norm -> q, k, v -> rotate, write, attend -> o + residual -> norm -> gate, up -> silu * -> down + residual
 
+Where the products are the kernels' own, too, all layers are one call.
+
 Used by: `model_runner`.
 """
 
@@ -21,8 +23,10 @@ from streaminator.engine.attention import LayerCall, Stream
 from streaminator.engine.batch import pack
 from streaminator.engine.kernels import (
     BLOCK_SIZE,
+    KernelProduct,
     Kernels,
     KernelsMissingError,
+    Layer,
     lines_of,
     shape_of,
 )
@@ -45,11 +49,11 @@ class FusedLayer:
     """One layer; takes the place of its `forward`."""
 
     def __init__(self, layer: Any, call: LayerCall, kernels: Kernels, packer: Packer) -> None:
-        self._layer = layer
-        self._kernels = kernels
+        self.layer = layer
+        self.kernels = kernels
         self._packer = packer
         attention, mlp = layer.self_attn, layer.mlp
-        self._index: int = attention.layer_idx
+        self.index: int = attention.layer_idx
         self._norms = [layer.input_layernorm, layer.post_attention_layernorm]
         self._head_norms = _head_norms(attention)
         self._sources = [
@@ -84,14 +88,27 @@ class FusedLayer:
         self._products = [
             self._packer.pack(_join(layers), _bias(layers)) for layers in self._sources
         ]
+        self.described = self._describe()
+        """For `Kernels.run_layers`, without its cache; None: a product is not the kernels'."""
+
+    def _describe(self) -> Layer | None:
+        products = [p.addresses for p in self._products if isinstance(p, KernelProduct)]
+        if len(products) < len(self._products):
+            return None
+        first, second = self._norms
+        (down,) = self._sources[-1]
+        return Layer(
+            down.out_features,
+            down.in_features,
+            self._shape,
+            *(first.weight.data_ptr(), second.weight.data_ptr()),
+            *(_eps(first), _eps(second)),
+            *products,
+        )
 
     def can_pack(self) -> bool:
         """Whether its products give a row the same result in any batch."""
         return all(self._packer.can_pack(_join(layers)) for layers in self._sources)
-
-    def install(self) -> None:
-        """From now on the layer runs fused."""
-        self._layer.forward = self
 
     def __call__(
         self,
@@ -103,24 +120,77 @@ class FusedLayer:
     ) -> torch.Tensor:
         """[1, T, D] -> [1, T, D]."""
         assert stream.cache is not None
-        assert stream.batch.lines is not None
-        if stream.lines is None:
-            stream.lines = lines_of(stream.batch.lines)
-        kernels = self._kernels
+        kernels = self.kernels
         qkv, output, gate_up, down = self._products
         first, second = self._norms
         x = hidden_states[0]
-        cosine, sine = position_embeddings
         attended = kernels.attend(
             qkv(kernels.rms_norm(x, first.weight, _eps(first))),
-            (cosine[0].contiguous(), sine[0].contiguous()),
-            stream.cache.pools(self._index),
+            _rotary(position_embeddings),
+            stream.cache.pools(self.index),
             self._shape,
-            stream.lines,
+            _lines(stream),
         )
         x = output.add_to(x, attended)
         both = gate_up(kernels.rms_norm(x, second.weight, _eps(second)))
         return down.add_to(x, kernels.silu_mul(both))[None]
+
+
+class FusedStack:
+    """All layers as one call; takes the place of the first one's `forward`, the others pass it on."""
+
+    def __init__(self, layers: Sequence[FusedLayer], kernels: Kernels) -> None:
+        self._layers = layers
+        self._kernels = kernels
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        *_: Any,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        stream: Stream,
+        **__: Any,
+    ) -> torch.Tensor:
+        """[1, T, D] -> [1, T, D]."""
+        assert stream.cache is not None
+        described = []
+        for layer in self._layers:
+            assert layer.described is not None
+            keys, values = stream.cache.pools(layer.index)
+            layer.described.keys, layer.described.values = keys.data_ptr(), values.data_ptr()
+            described.append(layer.described)
+        x, rotary = hidden_states[0], _rotary(position_embeddings)
+        return self._kernels.run_layers(x, rotary, described, _lines(stream))[None]
+
+
+def install(layers: Sequence[FusedLayer]) -> None:
+    """From now on the model's layers run fused."""
+    if any(layer.described is None for layer in layers):
+        for layer in layers:
+            layer.layer.forward = layer
+        return
+    first, *others = layers
+    first.layer.forward = FusedStack(layers, first.kernels)
+    for layer in others:
+        layer.layer.forward = _pass_on
+
+
+def _pass_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return hidden_states
+
+
+def _lines(stream: Stream) -> Any:
+    if stream.lines is None:
+        assert stream.batch.lines is not None
+        stream.lines = lines_of(stream.batch.lines)
+    return stream.lines
+
+
+def _rotary(
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cosine, sine = position_embeddings
+    return cosine[0].contiguous(), sine[0].contiguous()
 
 
 def fuse_layers(
@@ -138,6 +208,8 @@ def fuse_layers(
         raise NotFusedError(f"they need --block_size {BLOCK_SIZE}")
     for layer in layers:
         _check(layer, calls)
+    if not _are_all_there_is(decoder, layers):
+        raise NotFusedError(f"{type(decoder).__name__} computes something between its layers")
     dtype = layers[0].mlp.down_proj.weight.dtype
     try:
         kernels = {d: Kernels(d, calls[0].shape.key_dim) for d in {dtype, torch.float32}}
@@ -186,16 +258,41 @@ def _check(layer: Any, calls: dict[int, LayerCall]) -> None:
 
 
 @torch.inference_mode()
+def _are_all_there_is(decoder: Any, layers: Sequence[Any]) -> bool:
+    """Whether the decoder hands each layer, untouched, what the one before it returned."""
+    given: list[torch.Tensor] = []
+
+    def pass_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        given.append(hidden_states)
+        return hidden_states
+
+    forwards = [layer.forward for layer in layers]
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    try:
+        for layer in layers:
+            layer.forward = pass_on
+        decoder(input_ids=zero, position_ids=zero, use_cache=False)
+    finally:
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.forward = forward
+    return len(given) == len(layers) and all(hidden is given[0] for hidden in given)
+
+
+@torch.inference_mode()
 def _computes_the_same(
     layer: Any, decoder: Any, call: LayerCall, kernels: Kernels, packer: Packer
 ) -> bool:
-    """Whether the fused layer agrees with the layer, both in float32, on made-up rows."""
+    """Whether the fused layer, and a stack of it, agree with the layer, in float32, on made-up rows."""
     layer = copy.deepcopy(layer).float()
     index: int = layer.self_attn.layer_idx
     generator = torch.Generator().manual_seed(index)
     device = torch.device("cpu")
     results = []
-    for forward in (layer.forward, FusedLayer(layer, call, kernels, packer)):
+    fused = FusedLayer(layer, call, kernels, packer)
+    forwards = [layer.forward, fused]
+    if fused.described is not None:
+        forwards.append(FusedStack([fused], kernels))
+    for forward in forwards:
         generator.manual_seed(index)
         options: dict[str, Any] = {"dtype": torch.float32, "device": device}
         cache = KVCache({index: call.shape}, num_blocks=8, block_size=BLOCK_SIZE, **options)
@@ -211,9 +308,10 @@ def _computes_the_same(
                 return False
             deltas.append((result - x)[0, : batch.num_tokens])
         results.append(torch.cat(deltas))
-    plain, fused = results
+    plain, *others = results
     # What rows are is about 1; float32 keeps 1e-7 of it.
-    return bool((plain - fused).abs().max() <= 1e-3 * plain.abs().max() + 1e-5)
+    limit = 1e-3 * plain.abs().max() + 1e-5
+    return all(bool((plain - other).abs().max() <= limit) for other in others)
 
 
 def _made_up_steps() -> list[Any]:

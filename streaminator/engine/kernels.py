@@ -58,6 +58,23 @@ class _Lines(ctypes.Structure):
     )
 
 
+class _Weight(ctypes.Structure):
+    _fields_ = (("packed", ctypes.c_void_p), ("bias", ctypes.c_void_p))
+
+
+class Layer(ctypes.Structure):
+    """A layer for `Kernels.run_layers`: widths, and addresses of what must outlive it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("dim", "inner")),
+        ("shape", _Shape),
+        *((name, ctypes.c_void_p) for name in ("first_norm", "second_norm")),
+        *((name, ctypes.c_float) for name in ("first_eps", "second_eps")),
+        *((name, _Weight) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+    )
+
+
 class Kernels:
     """Kernels for one type of weights and one head dim; every tensor is contiguous and of it.
 
@@ -136,6 +153,25 @@ class Kernels:
             raise MemoryError("no memory for the scores of attention")
         return out
 
+    def run_layers(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        layers: Sequence[Layer],
+        lines: _Lines,
+    ) -> torch.Tensor:
+        """Whole layers, one after another: [T, D] -> [T, D]; see `attend`."""
+        array = (Layer * len(layers))(*layers)
+        room = max(self._library.room_of(ctypes.byref(layer)) for layer in layers)
+        out, scratch = x.clone(), x.new_empty(len(x) * room)
+        pointers = (t.data_ptr() for t in (out, scratch, *rotary))
+        failed = self._library.run_layers(
+            *pointers, array, len(layers), ctypes.byref(lines), len(x), self._num_threads
+        )
+        if failed:
+            raise MemoryError("no memory for the layers' scratch")
+        return out
+
 
 class KernelProduct:
     """A product with packed weights; a `packed_linear.Product`."""
@@ -150,11 +186,17 @@ class KernelProduct:
     ) -> None:
         self._library, self._num_threads = library, num_threads
         self._num_outputs, self._num_inputs = weight.shape
-        self._bias = bias
+        self._bias = None if bias is None else bias.contiguous()
         weight = weight.contiguous()
         self._packed = pages.empty_like(weight)
         self.nbytes = weight.nbytes
         library.pack_weight(weight.data_ptr(), self._packed.data_ptr(), *weight.shape)
+
+    @property
+    def addresses(self) -> tuple[int, int | None]:
+        """Of the packed weights and of the bias, if there is one."""
+        bias = None if self._bias is None else self._bias.data_ptr()
+        return self._packed.data_ptr(), bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D']."""
@@ -169,8 +211,7 @@ class KernelProduct:
         out = x.new_empty(*x.shape[:-1], self._num_outputs)
         failed = self._library.product(
             x.data_ptr(),
-            self._packed.data_ptr(),
-            None if self._bias is None else self._bias.data_ptr(),
+            *self.addresses,
             None if residual is None else residual.data_ptr(),
             out.data_ptr(),
             x.numel() // self._num_inputs,
@@ -222,6 +263,8 @@ def _load(is_bf16: bool, head_dim: int) -> Any:
     library.rms_norm.argtypes = (*(pointer,) * 3, integer, integer, ctypes.c_float, number)
     library.silu_mul.argtypes = (*(pointer,) * 2, integer, integer, number)
     library.attend.argtypes = (*(pointer,) * 8, number)
+    library.run_layers.argtypes = (*(pointer,) * 5, integer, pointer, integer, number)
+    library.room_of.argtypes, library.room_of.restype = (pointer,), integer
     library.pack_weight.argtypes = (*(pointer,) * 2, integer, integer)
     library.product.argtypes = (*(pointer,) * 5, *(integer,) * 3, number)
     for procedure in (library.rms_norm, library.silu_mul, library.pack_weight):

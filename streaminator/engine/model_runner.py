@@ -16,7 +16,7 @@ from streaminator.engine.attention import NAME, LayerCall, Stream, attention
 from streaminator.engine.batch import Batch
 from streaminator.engine.checkpoint import load_model
 from streaminator.engine.device import resolve_device, resolve_dtype
-from streaminator.engine.fused_layers import FusedLayer, NotFusedError, fuse_layers
+from streaminator.engine.fused_layers import FusedLayer, NotFusedError, fuse_layers, install
 from streaminator.engine.kernels import Kernels, KernelsMissingError
 from streaminator.engine.kv_cache import KVCache, bytes_per_block
 from streaminator.engine.packed_linear import Packer, find_packable, pack_linear
@@ -111,8 +111,8 @@ class ModelRunner:
                 self._not_fused = str(error)
         fused = {linear for layer in self._fused for linear in layer.linears}
         self._packed = find_packable(self.model, self._packer, fused)
-        for layer in self._fused:
-            layer.install()
+        if self._fused:
+            install(self._fused)
         pack_linear(self._packed, self._packer)
 
     def repack_weights(self) -> None:

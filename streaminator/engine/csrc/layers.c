@@ -295,3 +295,57 @@ int attend(const scalar *qkv, const scalar *cosine, const scalar *sine, scalar *
     free(until);
     return failed;
 }
+
+int product(const scalar *x, const scalar *packed, const scalar *bias, const scalar *residual,
+            scalar *out, int64_t num_rows, int64_t num_outputs, int64_t num_inputs,
+            int num_threads);
+
+typedef struct {
+    const scalar *packed, *bias;  // of `products.c`; bias may be null
+} Weight;
+
+typedef struct {
+    int64_t dim, inner;  // widths of a row and of the activation
+    Shape shape;
+    const scalar *first_norm, *second_norm;  // [dim]
+    float first_eps, second_eps;
+    Weight qkv, output, gate_up, down;
+    scalar *keys, *values;
+} Layer;
+
+// Numbers of scratch that `run_layers` needs for a row.
+int64_t room_of(const Layer *layer) {
+    const Shape *shape = &layer->shape;
+    return layer->dim + 2 * (shape->num_heads + shape->num_kv_heads) * HEAD_DIM + 3 * layer->inner;
+}
+
+// Whole layers, one after another, on x [num_rows, dim]. Returns 0, or 1 when there is no memory.
+int run_layers(scalar *x, scalar *room, const scalar *cosine, const scalar *sine,
+               const Layer *layers, int64_t num_layers, const Lines *lines, int64_t num_rows,
+               int num_threads) {
+    for (const Layer *layer = layers; layer < layers + num_layers; layer++) {
+        const Shape *shape = &layer->shape;
+        int64_t dim = layer->dim, inner = layer->inner, size = shape->num_heads * HEAD_DIM;
+        int64_t width = size + 2 * shape->num_kv_heads * HEAD_DIM;
+        scalar *normed = room, *qkv = normed + num_rows * dim, *attended = qkv + num_rows * width;
+        scalar *both = attended + num_rows * size, *activated = both + num_rows * 2 * inner;
+        int failed = 0;
+        rms_norm(x, layer->first_norm, normed, num_rows, dim, layer->first_eps, num_threads);
+        failed |= product(normed, layer->qkv.packed, layer->qkv.bias, NULL, qkv, num_rows, width,
+                          dim, num_threads);
+        memset(attended + lines->num_rows * size, 0,
+               (size_t)((num_rows - lines->num_rows) * size) * sizeof *attended);
+        failed |= attend(qkv, cosine, sine, layer->keys, layer->values, attended, shape, lines,
+                         num_threads);
+        failed |= product(attended, layer->output.packed, layer->output.bias, x, x, num_rows, dim,
+                          size, num_threads);
+        rms_norm(x, layer->second_norm, normed, num_rows, dim, layer->second_eps, num_threads);
+        failed |= product(normed, layer->gate_up.packed, layer->gate_up.bias, NULL, both, num_rows,
+                          2 * inner, dim, num_threads);
+        silu_mul(both, activated, num_rows, inner, num_threads);
+        failed |= product(activated, layer->down.packed, layer->down.bias, x, x, num_rows, dim,
+                          inner, num_threads);
+        if (failed) return 1;
+    }
+    return 0;
+}

@@ -49,7 +49,7 @@ int are_products_fast(void) {
 }
 
 // x [num_rows, num_inputs] -> [num_rows, num_outputs], plus bias [num_outputs] and residual
-// [num_rows, num_outputs] where there are such. Returns 0, or 1 when there is no memory.
+// [num_rows, num_outputs], which may be `out`, where there are such. Returns 0, or 1 when there is no memory.
 int product(const scalar *x, const scalar *packed, const scalar *bias, const scalar *residual,
             scalar *out, int64_t num_rows, int64_t num_outputs, int64_t num_inputs,
             int num_threads) {
