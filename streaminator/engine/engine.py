@@ -263,7 +263,8 @@ class Engine:
     ) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
         keys, positions = batch.noise_keys, batch.noise_positions
         with torch.inference_mode():
-            drawn = sample(logits, keys, positions, self._sampling, self._speculation.num_top)
+            num_top = self._speculation.num_top
+            drawn = sample(logits, keys, positions, self._sampling, num_top, self.runner.kernels)
             # One transfer; token ids are exact in float64.
             columns = [drawn.tokens[:, None], drawn.logprobs[:, None], drawn.top_ids]
             columns.append(drawn.top_probs)

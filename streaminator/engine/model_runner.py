@@ -47,6 +47,8 @@ class ModelRunner:
             separate_expert_rows(self.model)
         self._packs = config.packed_linear and self.device.type == "cpu"
         self._has_kernels = self._packs and config.compiled_kernels
+        self.kernels: Kernels | None = None
+        """Compiled for the model's type, from `pack_weights` on; None: they are not used, or not to be had."""
         self._packer: Packer | None = None
         self._packed: list[torch.nn.Linear] = []
         self._fused: list[FusedLayer] = []
@@ -97,14 +99,13 @@ class ModelRunner:
         """Pack the weights, the first time; the number of threads must stay from now on."""
         if self._packer is not None or not self._packs:
             return
-        kernels = None
         if self._has_kernels:
             try:
-                kernels = Kernels(self.dtype)
+                self.kernels = Kernels(self.dtype)
             except KernelsMissingError as error:
                 self._not_fused = str(error)
-        self._packer = Packer(kernels)
-        if kernels:
+        self._packer = Packer(self.kernels)
+        if self.kernels:
             try:
                 self._fused = fuse_layers(self.model, self._calls, block_size, self._packer)
             except NotFusedError as error:
