@@ -9,6 +9,7 @@
 
 #define MOST_CANDIDATES 64
 #define NUM_GROUPS (16 * LANES)
+#define TILE (16 * LANES)  // what is summed up in float32; the sums are added in float64
 
 // Take a token's place in the hash; see `sampler.py`.
 #define REST -1
@@ -139,36 +140,42 @@ static void find_candidates(const scalar *row, int64_t size, const int32_t *larg
     found->edge = value_of(edge);
 }
 
-// e^(x / temperature - top) of LANES tokens, 0 for those that are found.
-static inline void rest_at(const scalar *row, int64_t at, int64_t size, float temperature, float top,
-                           const Candidates *found, wide out[2]) {
+// x / temperature - top of LANES tokens, -inf for those that are found.
+static inline vec rest_at(const scalar *row, int64_t at, int64_t size, float temperature, float top,
+                          const Candidates *found) {
     const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     vec x = logits_at(row, at, size);
     ints is_found = (x > found->edge) | ((x == found->edge) & (lanes + (int32_t)at <= found->last));
-    exp_both(choose(is_found, spread(-INFINITY), x / temperature - top), out);
+    return choose(is_found, spread(-INFINITY), x / temperature - top);
 }
 
+// Sum of e^(x / temperature - top) of all tokens that are not found.
 static double sum_rest(const scalar *row, int64_t size, float temperature, float top,
                        const Candidates *found) {
-    wide sums[2] = {0}, terms[2];
-    for (int64_t at = 0; at < size; at += LANES) {
-        rest_at(row, at, size, temperature, top, found, terms);
-        sums[0] += terms[0];
-        sums[1] += terms[1];
-    }
     double sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += ((double *)sums)[lane];
+    for (int64_t tile = 0; tile < size; tile += TILE) {
+        vec part = {0};
+        for (int64_t at = tile; at < size && at < tile + TILE; at += LANES)
+            part += exp_of(rest_at(row, at, size, temperature, top, found));
+        sum += sum_of(part);
+    }
     return sum;
 }
 
-// The token at which the rest's sum exceeds `bound`, which is less than all of it.
+// One of the tokens that are not found, by the inverse of their cumulative distribution.
 static int64_t draw_from_rest(const scalar *row, int64_t size, float temperature, float top,
-                              const Candidates *found, double bound) {
-    int64_t token = 0;
-    double sum = 0;
+                              const Candidates *found, double uniform) {
+    wide sums[2] = {0}, terms[2];
     for (int64_t at = 0; at < size; at += LANES) {
-        wide terms[2];
-        rest_at(row, at, size, temperature, top, found, terms);
+        exp_both(rest_at(row, at, size, temperature, top, found), terms);
+        sums[0] += terms[0];
+        sums[1] += terms[1];
+    }
+    double bound = 0, sum = 0;
+    for (int lane = 0; lane < LANES; lane++) bound += ((double *)sums)[lane] * uniform;
+    int64_t token = 0;
+    for (int64_t at = 0; at < size; at += LANES) {
+        exp_both(rest_at(row, at, size, temperature, top, found), terms);
         for (int lane = 0; lane < LANES; lane++) {
             double term = ((double *)terms)[lane];
             sum += term;
@@ -232,8 +239,7 @@ static void sample_row(const scalar *row, const Way *way, uint64_t key, uint64_t
         rest = sum_rest(row, size, temperature, top, found);
         total += rest;
         if (-log(uniform(place, REST)) / rest < least)
-            *token = draw_from_rest(row, size, temperature, top, found,
-                                    rest * uniform(place, WITHIN_REST));
+            *token = draw_from_rest(row, size, temperature, top, found, uniform(place, WITHIN_REST));
     } else {
         total = exp(log_total - most);
     }
