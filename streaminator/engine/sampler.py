@@ -11,6 +11,9 @@ and for all others as a single event, which is exact: the maximum over a set of 
 log-probabilities is the perturbed log of the set's mass. Only when that event wins is a token
 drawn from the rest. The rest's mass comes from a float32 log-sum-exp, so it is right to 1e-7.
 
+On a CPU a compiled kernel (`csrc/sampling.c`) draws without filters. Its tokens are these: only
+where the rest is within 1e-7 of winning, or two candidates within 1e-15, may rounding decide.
+
 Shapes: R rows, V vocabulary, C candidates.
 
 Used by: `engine.Engine`.

@@ -239,7 +239,8 @@ static void sample_row(const scalar *row, const Way *way, uint64_t key, uint64_t
         rest = sum_rest(row, size, temperature, top, found);
         total += rest;
         if (-log(uniform(place, REST)) / rest < least)
-            *token = draw_from_rest(row, size, temperature, top, found, uniform(place, WITHIN_REST));
+            *token =
+                draw_from_rest(row, size, temperature, top, found, uniform(place, WITHIN_REST));
     } else {
         total = exp(log_total - most);
     }
