@@ -102,70 +102,51 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
     second choices of all.
     """
     tokens: list[int] = []
-    positions: list[np.ndarray] = []
-    slots: list[np.ndarray] = []
-    starts: list[int] = []
-    counts: list[int] = []
-    firsts: list[int] = []
-    owners: list[Sequence] = []
-    sampled: list[int] = []
-    keys: list[int] = []
-    noise_positions: list[int] = []
+    rows: list[tuple[int, int, int, int, int]] = []
+    block_tables: list[list[int]] = []
     for sequence in sequences:
         first = sequence.num_cached_tokens
         last = first + sequence.num_scheduled_tokens
         length = last - first + len(sequence.draft)
-        starts.append(len(tokens))
-        counts.append(length)
-        firsts.append(first)
-        owners.append(sequence)
-        tokens.extend(sequence.token_ids[first:last])
-        tokens.extend(sequence.draft)
-        position = np.arange(first, first + length)
-        positions.append(position)
-        table = np.array(sequence.block_table)
-        slots.append(table[position // block_size] * block_size + position % block_size)
-        if sequence.is_sampled:
-            num_rows = 1 + len(sequence.draft)
-            sampled.extend(range(len(tokens) - num_rows, len(tokens)))
-            keys.extend([sequence.noise_key] * num_rows)
-            drawn = len(sequence.token_ids) - sequence.num_prompt_tokens
-            noise_positions.extend(range(drawn, drawn + num_rows))
+        num_rows = 1 + len(sequence.draft) if sequence.is_sampled else 0
+        num_drawn = len(sequence.token_ids) - sequence.num_prompt_tokens
+        rows.append((first, length, num_rows, num_drawn, sequence.noise_key))
+        block_tables.append(sequence.block_table)
+        tokens += sequence.token_ids[first:last]
+        tokens += sequence.draft
+    num_written = len(tokens)
     for sequence in sequences:
         for place, token in sequence.alternatives.items():
             position = len(sequence.token_ids) + place
-            starts.append(len(tokens))
-            counts.append(1)
-            firsts.append(position)
-            owners.append(sequence)
-            sampled.append(len(tokens))
+            num_drawn = position - sequence.num_prompt_tokens + 1
+            rows.append((position, 1, 1, num_drawn, sequence.noise_key))
+            block_tables.append(sequence.block_table)
             tokens.append(token)
-            positions.append(np.array([position]))
-            keys.append(sequence.noise_key)
-            noise_positions.append(position - sequence.num_prompt_tokens + 1)
-    tables = np.zeros((len(owners), max(len(s.block_table) for s in owners)), dtype=np.int64)
-    for line, sequence in enumerate(owners):
-        tables[line, : len(sequence.block_table)] = sequence.block_table
+    firsts, counts, num_sampled, num_drawn, keys = np.array(rows, dtype=np.int64).T.copy()
+    tables = np.zeros((len(rows), max(map(len, block_tables))), dtype=np.int64)
+    for table, blocks in zip(tables, block_tables, strict=True):
+        table[: len(blocks)] = blocks
+    positions = _ranges(firsts, counts)
+    written = positions[:num_written]
+    owners = np.repeat(np.arange(len(rows)), counts)[:num_written]
+    ends = counts.cumsum()
     lines = Lines(
-        starts=np.array(starts),
-        counts=np.array(counts),
-        firsts=np.array(firsts),
+        starts=ends - counts,
+        counts=counts,
+        firsts=firsts,
         tables=tables,
-        slots=np.concatenate(slots),
-        num_seconds=len(owners) - len(sequences),
+        slots=tables[owners, written // block_size] * block_size + written % block_size,
+        num_seconds=len(rows) - len(sequences),
     )
-    padding = -len(tokens) % ROW_MULTIPLE
-    pad = np.zeros(padding, dtype=np.int64)
-
     upload = _Upload(device) if device.type == "cuda" else None
     tensor = upload or _to_tensor
     batch = Batch(
-        input_ids=tensor([*tokens, *pad])[None],
-        positions=tensor(np.concatenate([*positions, pad]))[None],
+        input_ids=tensor(_padded(tokens))[None],
+        positions=tensor(_padded(positions))[None],
         slot_mapping=tensor(lines.slots),
-        sampled_rows=tensor(sampled + [0] * (-len(sampled) % ROW_MULTIPLE)),
-        noise_keys=tensor(keys),
-        noise_positions=tensor(noise_positions),
+        sampled_rows=tensor(_padded(_ranges(ends - num_sampled, num_sampled))),
+        noise_keys=tensor(np.repeat(keys, num_sampled)),
+        noise_positions=tensor(_ranges(num_drawn, num_sampled)),
         num_tokens=len(tokens),
         lines=lines,
     )
@@ -173,6 +154,19 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
         batch._groups = _make_groups(lines, upload)
         upload.send()
     return batch
+
+
+def _ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """firsts[0], firsts[0] + 1, ..., `counts[0]` of them; then those of firsts[1], and so on."""
+    ends = counts.cumsum()
+    return np.arange(ends[-1]) + np.repeat(firsts - ends + counts, counts)
+
+
+def _padded(numbers: Seq[int] | np.ndarray) -> np.ndarray:
+    """`numbers`, and zeros up to the next multiple of rows."""
+    padded = np.zeros(-(-len(numbers) // ROW_MULTIPLE) * ROW_MULTIPLE, dtype=np.int64)
+    padded[: len(numbers)] = numbers
+    return padded
 
 
 def _to_tensor(values: object) -> torch.Tensor:

@@ -205,8 +205,8 @@ class Engine:
             num_draft_tokens=sum(sequence.drafted[-1] for sequence in decoded),
             num_accepted_tokens=num_accepted,
             num_new_tokens=num_new,
-            num_draft_by_survival=by_survival[0].tolist(),
-            num_accepted_by_survival=by_survival[1].tolist(),
+            num_draft_by_survival=by_survival[0],
+            num_accepted_by_survival=by_survival[1],
             num_blocks_used=self.scheduler.block_manager.num_used,
             device_memory=self.runner.memory_in_use(),
             **clock.seconds,
@@ -263,7 +263,11 @@ class Engine:
     ) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
         keys, positions = batch.noise_keys, batch.noise_positions
         with torch.inference_mode():
-            drawn = sample(logits, keys, positions, self._sampling, self._speculation.num_top)
+            num_top = self._speculation.num_top
+            drawn = sample(logits, keys, positions, self._sampling, num_top, self.runner.kernels)
+            if drawn.tokens.device.type == "cpu":
+                tops = drawn.top_ids.numpy(), drawn.top_probs.numpy()
+                return drawn.tokens.tolist(), drawn.logprobs.tolist(), *tops
             # One transfer; token ids are exact in float64.
             columns = [drawn.tokens[:, None], drawn.logprobs[:, None], drawn.top_ids]
             columns.append(drawn.top_probs)

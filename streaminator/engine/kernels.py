@@ -4,7 +4,7 @@
 They are compiled when a model is first loaded, in a second, by the C compiler of the machine (`CC`,
 else cc, gcc or clang), for its own processor, and kept in the user's cache folder.
 
-Used by: `fused_layers`, `packed_linear`.
+Used by: `fused_layers`, `packed_linear`, `sampler`.
 """
 
 import ctypes
@@ -47,6 +47,13 @@ class _Shape(ctypes.Structure):
         ("window", ctypes.c_int64),
         ("q_norm", ctypes.c_void_p),
         ("k_norm", ctypes.c_void_p),
+    )
+
+
+class _Way(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("size", "num_candidates", "num_top")),
+        ("temperature", ctypes.c_float),
     )
 
 
@@ -172,6 +179,38 @@ class Kernels:
             raise MemoryError("no memory for the layers' scratch")
         return out
 
+    def sample(
+        self,
+        logits: torch.Tensor,
+        keys: torch.Tensor,
+        positions: torch.Tensor,
+        *,
+        temperature: float,
+        num_candidates: int,
+        num_top: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`sampler.sample` without filters, for logits [R, V]; the same fields as `sampler.Drawn`.
+
+        Args:
+            logits: [R, V].
+            keys: [R] int64.
+            positions: [R] int64.
+            temperature: 0 takes the most likely token.
+            num_candidates: at most 64, and V.
+            num_top: M, at most `num_candidates`.
+        """
+        num_rows, size = logits.shape
+        tokens, logprobs = torch.empty_like(keys), torch.empty(num_rows)
+        top_ids, top_probs = keys.new_empty(num_rows, num_top), torch.empty(num_rows, num_top)
+        tensors = (logits.contiguous(), keys, positions, tokens, logprobs, top_ids, top_probs)
+        way = _Way(size, num_candidates, num_top, temperature)
+        failed = self._library.sample(
+            *(t.data_ptr() for t in tensors), num_rows, ctypes.byref(way), self._num_threads
+        )
+        if failed:
+            raise MemoryError("no memory for the candidates of a row")
+        return tokens, logprobs, top_ids, top_probs
+
 
 class KernelProduct:
     """A product with packed weights; a `packed_linear.Product`."""
@@ -267,6 +306,7 @@ def _load(is_bf16: bool, head_dim: int) -> Any:
     library.room_of.argtypes, library.room_of.restype = (pointer,), integer
     library.pack_weight.argtypes = (*(pointer,) * 2, integer, integer)
     library.product.argtypes = (*(pointer,) * 5, *(integer,) * 3, number)
+    library.sample.argtypes = (*(pointer,) * 7, integer, pointer, number)
     for procedure in (library.rms_norm, library.silu_mul, library.pack_weight):
         procedure.restype = None
     return library

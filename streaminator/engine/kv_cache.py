@@ -109,6 +109,11 @@ class KVCache:
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks: what their last owner left may be NaN, and masked keys must be finite."""
+        if self._options["device"].type == "cpu":  # where index_fill_ takes four times as long
+            for piece in self._pieces:
+                for block in blocks:
+                    piece[:, block].zero_()
+            return
         index = torch.tensor(blocks, dtype=torch.int64).to(self._options["device"])
         for piece in self._pieces:
             piece.index_fill_(1, index, 0)

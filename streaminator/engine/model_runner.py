@@ -5,7 +5,9 @@ Used by: `engine.Engine`, `streaminator.session`.
 """
 
 import logging
+import math
 import os
+import time
 from typing import Any
 
 import torch
@@ -45,8 +47,11 @@ class ModelRunner:
         self.model.to(self.device).eval()
         if self.device.type == "cpu":
             separate_expert_rows(self.model)
+        self._resident = -math.inf, 0
         self._packs = config.packed_linear and self.device.type == "cpu"
         self._has_kernels = self._packs and config.compiled_kernels
+        self.kernels: Kernels | None = None
+        """Compiled for the model's type, from `pack_weights` on; None: they are not used, or not to be had."""
         self._packer: Packer | None = None
         self._packed: list[torch.nn.Linear] = []
         self._fused: list[FusedLayer] = []
@@ -97,14 +102,13 @@ class ModelRunner:
         """Pack the weights, the first time; the number of threads must stay from now on."""
         if self._packer is not None or not self._packs:
             return
-        kernels = None
         if self._has_kernels:
             try:
-                kernels = Kernels(self.dtype)
+                self.kernels = Kernels(self.dtype)
             except KernelsMissingError as error:
                 self._not_fused = str(error)
-        self._packer = Packer(kernels)
-        if kernels:
+        self._packer = Packer(self.kernels)
+        if self.kernels:
             try:
                 self._fused = fuse_layers(self.model, self._calls, block_size, self._packer)
             except NotFusedError as error:
@@ -201,14 +205,14 @@ class ModelRunner:
         return "; layers are fused" if self._fused else ""
 
     def memory_in_use(self) -> int:
-        """Bytes: torch's on a GPU, this process's resident set on a CPU."""
+        """Bytes: torch's on a GPU, this process's resident set on a CPU, as of 0.1 s ago at most."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
-        try:
-            with open("/proc/self/statm") as file:
-                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        except FileNotFoundError:  # not Linux
-            return 0
+        read_at, num_bytes = self._resident
+        if time.monotonic() - read_at > 0.1:
+            num_bytes = _resident_bytes()
+            self._resident = time.monotonic(), num_bytes
+        return num_bytes
 
     @property
     def is_paged(self) -> bool:
@@ -249,6 +253,14 @@ class ModelRunner:
                 f"{num_layers} layers; give a model that attends in every layer"
             )
         return stream.calls
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:  # not Linux
+        return 0
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -11,6 +11,9 @@ and for all others as a single event, which is exact: the maximum over a set of 
 log-probabilities is the perturbed log of the set's mass. Only when that event wins is a token
 drawn from the rest. The rest's mass comes from a float32 log-sum-exp, so it is right to 1e-7.
 
+On a CPU a compiled kernel (`csrc/sampling.c`) draws without filters. Its tokens are these: only
+where the rest is within 1e-7 of winning, or two candidates within 1e-15, may rounding decide.
+
 Shapes: R rows, V vocabulary, C candidates.
 
 Used by: `engine.Engine`.
@@ -23,6 +26,7 @@ from typing import NamedTuple
 import torch
 
 from streaminator.config import SamplingParams
+from streaminator.engine.kernels import Kernels
 
 NUM_CANDIDATES = 64
 INVALID_TOKEN = -1
@@ -70,6 +74,7 @@ def sample(
     positions: torch.Tensor,
     params: SamplingParams,
     num_top: int = 0,
+    kernels: Kernels | None = None,
 ) -> Drawn:
     """Draw a token for each row.
 
@@ -79,32 +84,48 @@ def sample(
         positions: [R] index of the drawn token in its completion.
         params: temperature 0 takes the most likely token.
         num_top: M, at most `NUM_CANDIDATES`.
+        kernels: draw with them what they can: without filters, from logits of their type.
     """
+    is_greedy = params.temperature == 0
+    if kernels and logits.dtype == kernels.dtype and (is_greedy or not _is_filtered(params)):
+        size = logits.shape[-1]
+        num_top = min(num_top, size)
+        num_candidates = max(num_top, 1) if is_greedy else min(NUM_CANDIDATES, size)
+        drawn = kernels.sample(
+            logits,
+            keys,
+            positions,
+            temperature=params.temperature,
+            num_candidates=num_candidates,
+            num_top=num_top,
+        )
+        return Drawn(*drawn)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     log_total = logits.logsumexp(-1)
-    if params.temperature == 0:
+    if is_greedy:
         tokens = logits.argmax(-1)
-        top_logits, top_ids = logits.topk(min(num_top, logits.shape[-1]))
+        top_logits, top_ids = _likeliest(logits, min(num_top, logits.shape[-1]))
         top_probs = (top_logits - log_total[:, None]).exp().float()
     else:
-        tokens, top_ids, top_probs = _draw(logits / params.temperature, keys, positions, params)
+        tokens, top_ids, top_probs = _draw(logits, keys, positions, params)
     logprobs = logits.gather(-1, tokens[:, None])[:, 0] - log_total
     tokens = torch.where(log_total.isfinite(), tokens, INVALID_TOKEN)
     return Drawn(tokens, logprobs, top_ids[:, :num_top], top_probs[:, :num_top])
 
 
 def _draw(
-    scaled: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, params: SamplingParams
+    logits: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, params: SamplingParams
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens [R], and the candidates' ids and probabilities [R, C], most likely first."""
-    size = scaled.shape[-1]
+    size = logits.shape[-1]
     num = min(size, max(NUM_CANDIDATES, params.top_k))
-    values, ids = scaled.topk(num)
+    values, ids = _likeliest(logits, num)
+    values, scaled = values / params.temperature, logits / params.temperature
     logprobs = values.double() - scaled.logsumexp(-1, keepdim=True).double()
     probs = logprobs.exp()
     rest_mass = (1 - probs.sum(-1)).clamp(min=0)
     top = ids, probs.float()
-    is_filtered = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+    is_filtered = _is_filtered(params)
     scores = _filter(logprobs, params) if is_filtered else logprobs
     best, index = (scores + gumbel(keys, positions, ids)).max(-1)
     tokens = ids.gather(-1, index[:, None])[:, 0]
@@ -130,6 +151,27 @@ def _draw(
         index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
         tokens[rows] = index
     return tokens, *top
+
+
+def _likeliest(logits: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and ids [R, num] of the likeliest tokens, of equal ones those of the lowest ids.
+
+    Another choice among equal ones would draw other tokens, with the same probabilities. CUDA's
+    `topk` makes this one; a CPU's makes none.
+    """
+    values, ids = logits.topk(num)
+    if num and logits.device.type == "cpu":
+        edge = values[:, -1:]
+        rows, equal = (logits == edge).nonzero(as_tuple=True)
+        place = torch.arange(len(rows)) - torch.searchsorted(rows, rows)
+        place += (values > edge).sum(-1)[rows]
+        is_kept = place < num
+        ids[rows[is_kept], place[is_kept]] = equal[is_kept]
+    return values, ids
+
+
+def _is_filtered(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
 def _reaches_past(

@@ -92,8 +92,10 @@ class Speculation:
         rejected = sequence.draft[accepted : accepted + MAX_REJECTED] if self.num_top else []
         if has_ended or verdict.takes_second:
             rejected = []
-        behind = verdict.rows[accepted] + 1
-        rows = [*verdict.rows[: len(new)], *range(behind, behind + len(rejected))]
+        # The rejected ones' rows are behind the accepted ones', a second choice's somewhere else.
+        first = verdict.rows[0]
+        places = slice(first, first + len(new) + len(rejected))
+        rows = verdict.rows[: len(new)] if verdict.takes_second else places
         ids, probs = top_ids[rows], top_probs[rows]
         if self._config.store_distributions:
             sequence.top.append(StepTop(rejected, ids.astype(np.int32), probs.copy()))

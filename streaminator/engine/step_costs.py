@@ -87,5 +87,6 @@ def _step(
     batch = pack(sequences, block_size=cache.block_size, device=runner.device)
     logits = runner.forward(batch, cache)
     with torch.inference_mode():
-        sample(logits, batch.noise_keys, batch.noise_positions, sampling, num_top).tokens.cpu()
+        keys, positions = batch.noise_keys, batch.noise_positions
+        sample(logits, keys, positions, sampling, num_top, runner.kernels).tokens.cpu()
     return time.perf_counter() - start

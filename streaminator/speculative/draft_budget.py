@@ -164,11 +164,3 @@ def _likeliest(
     order = np.argsort(-worth, axis=None, kind="stable")[: len(prices) - 1]
     gains = np.concatenate([[0.0], np.cumsum(worth.flat[order], dtype=np.float64)])
     return order, int(np.argmax(gains - prices))
-
-
-def count_by_survival(
-    survival: NDArray[np.float32], masks: Sequence[NDArray[np.bool_]]
-) -> NDArray[np.int64]:
-    """[len(masks), 10] tokens of each mask, by tenths of the chance that they were given."""
-    tenths = np.minimum((survival * 10).astype(np.int64), 9)
-    return np.stack([np.bincount(tenths[mask], minlength=10) for mask in masks])

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaminator import sequence as flight
-from streaminator.speculative.draft_budget import count_by_survival
 
 
 class Verdict(NamedTuple):
@@ -86,8 +85,8 @@ def calibration(
     drafting: Sequence[flight.Sequence],
     survival: NDArray[np.float32] | None,
     verdicts: Sequence[Verdict],
-) -> NDArray[np.int64]:
-    """[2, 10] verified and accepted tokens by tenths of the chance given; [2, 0] without one.
+) -> tuple[list[int], list[int]]:
+    """Verified and accepted tokens by tenths of the chance given; empty without one.
 
     Args:
         drafting: [n] whom `survival` [n, 2, k] is of.
@@ -95,14 +94,17 @@ def calibration(
         verdicts: of all sequences of the step.
     """
     if survival is None:
-        return np.zeros((2, 0), np.int64)
+        return [], []
+    verified, accepted = [0] * 10, [0] * 10
     verdict_of = {id(verdict.sequence): verdict for verdict in verdicts}
-    verified, accepted = np.zeros(survival.shape, bool), np.zeros(survival.shape, bool)
-    for row, sequence in enumerate(drafting):
+    for sequence, (chain, beside) in zip(drafting, survival.tolist(), strict=True):
         verdict = verdict_of[id(sequence)]
-        verified[row, 0, : len(sequence.draft)] = True
-        verified[row, 1, list(sequence.alternatives)] = True
-        accepted[row, 0, : verdict.num_accepted] = True
-        if verdict.takes_second:
-            accepted[row, 1, verdict.num_accepted] = True
-    return count_by_survival(survival, [verified, accepted])
+        for place, chance in enumerate(chain[: len(sequence.draft)]):
+            tenth = min(int(chance * 10), 9)
+            verified[tenth] += 1
+            accepted[tenth] += place < verdict.num_accepted
+        for place in sequence.alternatives:
+            tenth = min(int(beside[place] * 10), 9)
+            verified[tenth] += 1
+            accepted[tenth] += verdict.takes_second and place == verdict.num_accepted
+    return verified, accepted

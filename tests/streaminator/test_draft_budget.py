@@ -7,7 +7,9 @@ import pytest
 from streaminator.config import EngineConfig, SpeculatorConfig
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.step_costs import measure_step_costs
-from streaminator.speculative.draft_budget import DraftBudget, StepCosts, count_by_survival
+from streaminator.sequence import Sequence
+from streaminator.speculative.draft_budget import DraftBudget, StepCosts
+from streaminator.speculative.verify import calibration, verify
 from tests.fakes import FREE, PROMPTS, drain, make_engine, tokens
 
 # Nothing to 32 packed tokens, then in proportion: a machine that is memory-bound up to there.
@@ -128,11 +130,18 @@ def test_costs_decide_what_is_drafted_and_no_token(llama: ModelRunner) -> None:
 
 
 def test_drafts_are_counted_by_the_chance_they_were_given() -> None:
-    survival = chains([0.95, 0.55, 0.2], [0.95], [1.0])
-    verified, right = survival > 0.5, survival > 0.95
-    drafted, accepted = count_by_survival(survival, [verified, right])
-    assert drafted.tolist() == [0, 0, 0, 0, 0, 1, 0, 0, 0, 3]
-    assert accepted.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    survival = chains([0.95, 0.55, 0.2], [0.95], [1.0], seconds=([0.03, 0.25], [], [0.0]))
+    drafting = [
+        Sequence(PROMPTS[0], index, [1], 0, 9, 0.0, num_scheduled_tokens=1, draft=draft)
+        for index, draft in enumerate([[5, 6], [7], []])
+    ]
+    drafting[0].alternatives = {1: 8}
+    # Of the first chain 5 is accepted and then 8, the second choice; the second chain is not.
+    tokens = [5, 8, 1, 2, 3, 4, 9]
+    verdicts = verify(drafting, tokens, [0.0] * len(tokens))
+    verified, accepted = calibration(drafting, survival, verdicts)
+    assert verified == [0, 0, 1, 0, 0, 1, 0, 0, 0, 2]
+    assert accepted == [0, 0, 1, 0, 0, 0, 0, 0, 0, 1]
 
 
 def test_a_step_tells_its_drafts_by_their_chance(llama: ModelRunner) -> None:

@@ -74,6 +74,17 @@ static inline vec choose(ints where, vec a, vec b) {
     return (vec)(((bits)a & (bits)where) | ((bits)b & ~(bits)where));
 }
 
+// A bit for each lane of a comparison.
+static inline uint32_t lanes_of(ints where) {
+#ifdef __AVX512F__
+    return _mm512_cmplt_epi32_mask((__m512i)where, _mm512_setzero_si512());
+#else
+    uint32_t lanes = 0;
+    for (int lane = 0; lane < LANES; lane++) lanes |= (uint32_t)(where[lane] & 1) << lane;
+    return lanes;
+#endif
+}
+
 static inline vec larger(vec a, vec b) { return choose(a > b, a, b); }
 
 static float sum_of(vec x) {
