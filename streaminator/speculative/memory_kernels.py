@@ -25,12 +25,11 @@ whose branches are one token long); its chance is learned by its share of what t
 Used by: `memory`, `memory_learning`.
 """
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
 from streaminator.speculative.memory_mixing import MAX_CANDIDATES, MAX_REFS, NUM_HINTS, mix_tier
+from streaminator.speculative.memory_noise import choose
 from streaminator.speculative.memory_rates import (
     KNOWN,
     MATCH_BINS,
@@ -44,13 +43,12 @@ from streaminator.speculative.memory_rates import (
     TABLE,
     UNTRIED,
     Floats,
-    gumbel,
     hit_rate,
     log_bin,
     second_rate,
     share_bin,
 )
-from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline
+from streaminator.speculative.memory_records import Ints, Rows, jit
 from streaminator.speculative.memory_tables import (
     CLOCK,
     FIRST_SHARED,
@@ -61,68 +59,8 @@ from streaminator.speculative.memory_tables import (
     hash_contexts,
 )
 
-_HOPELESS = 0.01  # of the best candidate's mass: the noise would have to be rare
 _ENOUGH_TRIALS = 64
 """Hits after which all strengths of the noise are tried at every fourth place only."""
-
-
-@jit_inline
-def _choose(
-    tokens: Ints,
-    masses: Floats,
-    size: int,
-    strengths: Floats,
-    strength: int,
-    tries_all: bool,
-    key: int,
-    position: int,
-    best: Floats,
-    picks: Ints,
-) -> tuple[float, int, float]:
-    """For each strength of the noise the index of the best candidate.
-
-    Returns: with noise how far the best one at `strength` leads the next, from one half to one,
-    without one; the index of the next, -1: there is none; the same lead of it over the third.
-    """
-    top, next_index = 0, -1
-    for index in range(1, size):
-        if masses[index] > masses[top]:
-            top, next_index = index, top
-        elif next_index < 0 or masses[index] > masses[next_index]:
-            next_index = index
-    if len(strengths) == 1:
-        picks[0] = top
-        return 1.0, next_index, 1.0
-    best[:] = -np.inf
-    first = second = third = -np.inf
-    next_index = -1
-    hopeless = _HOPELESS * masses[top]
-    for index in range(size):
-        if masses[index] < hopeless:
-            continue
-        score = math.log(masses[index])
-        noise = gumbel(key, position, tokens[index])
-        here = score + strengths[strength] * noise
-        if here > first:
-            third, second, first = second, first, here
-            next_index = picks[strength] if second > -np.inf else -1
-            picks[strength] = index
-        elif here > second:
-            third, second, next_index = second, here, index
-        elif here > third:
-            third = here
-        if not tries_all:
-            continue
-        for j in range(len(strengths)):
-            here = score + strengths[j] * noise
-            if here > best[j]:
-                best[j] = here
-                if j != strength:
-                    picks[j] = index
-    lead = 1 / (1 + math.exp(second - first))
-    if next_index < 0:
-        return lead, -1, 0.0
-    return lead, next_index, 1 / (1 + math.exp(third - second))
 
 
 @jit
@@ -171,7 +109,7 @@ def draft(
     refs, parts = np.empty(MAX_REFS, np.int64), np.empty(MAX_REFS, np.float64)
     hints = np.zeros(NUM_HINTS, np.int64)
     picks = np.zeros(len(strengths), np.int64)
-    best = np.empty(len(strengths), np.float64)
+    near, scores = np.empty((2, MAX_CANDIDATES), np.int64), np.empty((2, MAX_CANDIDATES))
     keys = np.empty((num, NUM_CONTEXTS), np.uint64)
     text = np.empty((num, MAX_ORDER + width), np.int64)
     restore = np.empty((num, width), np.int32)
@@ -217,9 +155,9 @@ def draft(
             position = state[POSITION] + step
             is_new = noise_hits[match].max() < _ENOUGH_TRIALS
             tries_all = len(strengths) > 1 and (position & 3 == 0 or is_new)
-            lead, second, second_lead = _choose(
+            lead, second, second_lead = choose(
                 tokens, masses, size, strengths, strength, tries_all, state[NOISE_KEY], position,
-                best, picks,
+                near, scores, picks,
             )  # fmt: skip
             pick = picks[strength]
             known_mass = 0.0

@@ -24,7 +24,6 @@ from streaminator.speculative.memory_tables import (
     Ints,
     Rows,
     jit,
-    mix64,
     share_of,
     total_of,
 )
@@ -61,23 +60,10 @@ _RATE = 0.1
 _MEMORY = 4096.0  # observations after which a learned rate halves its past
 _HITS_MEMORY = 256.0  # a hit rate: it climbs from generation to generation
 
-_NOISE_ROW, _NOISE_TOKEN = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
-_SHIFT12 = np.uint64(12)
-_TWO = np.uint64(2)
-
 # Columns of a running sequence's integers.
 TABLE, KNOWN, POSITION, NOISE_KEY, RUN, PREDICTED = range(6)
 
 Floats = NDArray[np.float64]
-
-
-@jit_inline
-def gumbel(noise_key: int, position: int, token: int) -> float:
-    """The sampler's noise (`streaminator.engine.sampler.gumbel`), bit for bit its uniform."""
-    row = mix64(np.uint64(noise_key) + np.uint64(position) * _NOISE_ROW)
-    bits = mix64(row + (np.uint64(token) + _TWO) * _NOISE_TOKEN)
-    uniform = (np.float64(bits >> _SHIFT12) + 0.5) * 2.0**-52
-    return -math.log(-math.log(uniform))
 
 
 @jit_inline

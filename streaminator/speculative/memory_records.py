@@ -48,17 +48,17 @@ _COUNT = -1024
 def jit(function: Callable) -> Any:
     """Compile on first use; the result is kept on disk where a folder for it can be written."""
     try:
-        return numba.njit(cache=True, nogil=True)(function)
+        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:  # neither the package's folder nor the user's cache is writable
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 def jit_inline(function: Callable) -> Any:
     """The same for what is called in inner loops: passing arrays costs more than its work."""
     try:
-        return numba.njit(cache=True, nogil=True, forceinline=True)(function)
+        return numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")(function)
     except RuntimeError:
-        return numba.njit(nogil=True, forceinline=True)(function)
+        return numba.njit(nogil=True, forceinline=True, error_model="numpy")(function)
 
 
 def _prefetch(context: Any, rows: Any, index: Any) -> Any:
