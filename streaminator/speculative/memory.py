@@ -17,7 +17,7 @@ Invariants
 A token that is new in all its contexts costs 11 rows of 32 bytes in its prompt's table and 6 in the
 shared one; tables are between 0.4 and 0.8 full: 440 to 880 bytes and 240 to 480. A token already
 known in its contexts costs nothing, its distribution at most two rows in either table. Beside the
-tables an open prompt holds 16 KiB: where which token stood last.
+tables an open prompt holds 16 KiB without noise: where which token stood last.
 
 Used by: `memory_store` (the stream), `replay`.
 """
@@ -113,7 +113,8 @@ class Memory:
         self._free_handles = list(range(7, -1, -1))
         self._starts: dict[str, tuple[int, ...]] = {}
         self._mixing = np.zeros(rates.MIXING_SHAPE)
-        self._seen = np.zeros((8, rates.NUM_SEEN), np.int32)
+        # Where noise tells the candidates apart the factors of recency lost (DECISIONS 0018).
+        self._seen = np.zeros((8, 0 if noise else rates.NUM_SEEN), np.int32)
         self._recency = np.zeros(rates.RECENCY_SHAPE)
         self._recency[:, 2] = 1
         self._num_learned = np.zeros(1, np.int64)

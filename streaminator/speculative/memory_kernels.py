@@ -44,11 +44,10 @@ from streaminator.speculative.memory_rates import (
     UNTRIED,
     Floats,
     hit_rate,
-    log_bin,
     second_rate,
     share_bin,
 )
-from streaminator.speculative.memory_records import Ints, Rows, jit
+from streaminator.speculative.memory_records import Ints, Rows, jit, jit_allocating, log_bin
 from streaminator.speculative.memory_tables import (
     CLOCK,
     FIRST_SHARED,
@@ -63,7 +62,7 @@ _ENOUGH_TRIALS = 64
 """Hits after which all strengths of the noise are tried at every fourth place only."""
 
 
-@jit
+@jit_allocating
 def draft(
     rows: Rows,
     tables: Ints,
@@ -94,7 +93,7 @@ def draft(
         handles, caps: [n] whom to draft for, at most how many tokens, second choices included.
         min_survival: drafting stops at the first token less likely to be accepted.
         mixing, recency, hits, second_hits, strengths, noise_hits: what was learned about each.
-        seen: [tables, NUM_SEEN] where tokens stood last.
+        seen: [tables, NUM_SEEN] where tokens stood last, [tables, 0]: without factors of recency.
         use_shared: whether the shared table is mixed in.
         predictions: [H, K, 4 + S] token, bucket, second choice (-1: none) and its share, and the
             token by each strength.
@@ -103,6 +102,7 @@ def draft(
     num, width = len(handles), out_tokens.shape[2]
     # Without noise a lead above what is left decides; noise may turn a larger lead around.
     factor = recency[:, 2].max() if len(strengths) == 1 else 20.0
+    uses_recency = seen.shape[1] > 0
     tokens = np.empty(MAX_CANDIDATES, np.int64)
     masses = np.empty(MAX_CANDIDATES, np.float64)
     ages = np.empty(MAX_CANDIDATES, np.int64)
@@ -173,9 +173,10 @@ def draft(
             survivals[n] = survival
             token = tokens[pick]
             text[n, end] = token
-            # For the rest of the chain it has been said.
-            restore[n, step] = own_seen[token & (NUM_SEEN - 1)]
-            own_seen[token & (NUM_SEEN - 1)] = clock + 1
+            if uses_recency:
+                # For the rest of the chain it has been said.
+                restore[n, step] = own_seen[token & (NUM_SEEN - 1)]
+                own_seen[token & (NUM_SEEN - 1)] = clock + 1
             guess = predictions[handle, step]
             guess[0], guess[1], guess[2] = token, bucket, -1
             for j in range(len(strengths)):
@@ -205,9 +206,8 @@ def draft(
                 num_left += 1
         waiting = waiting[:num_left]
     for n in range(num):
-        if np.count_nonzero(out_survival[n]) > caps[n]:
-            _keep_best(out_survival[n], caps[n])
-    for step in range(width - 1, -1, -1):
+        _keep_best(out_survival[n], caps[n])
+    for step in range(width - 1 if uses_recency else -1, -1, -1):
         for n in range(num - 1, -1, -1):
             state = running[handles[n]]
             if step < state[PREDICTED]:
@@ -218,8 +218,10 @@ def draft(
 @jit
 def _keep_best(survival: NDArray[np.float32], cap: int) -> None:
     """Leave the `cap` likeliest of a chain and the second choices beside it."""
-    num = np.count_nonzero(survival)
-    length = np.count_nonzero(survival[0])
+    length = num = 0
+    for step in range(survival.shape[1]):
+        length += survival[0, step] > 0
+        num += (survival[0, step] > 0) + (survival[1, step] > 0)
     while num > cap:
         row, place = 0, length - 1
         for step in range(length):

@@ -26,6 +26,7 @@ from streaminator.speculative.memory_rates import (
     learn_mixing,
     learn_recency,
 )
+from streaminator.speculative.memory_records import jit_allocating
 from streaminator.speculative.memory_tables import (
     CLOCK,
     FIRST_SHARED,
@@ -37,14 +38,13 @@ from streaminator.speculative.memory_tables import (
     count_token,
     find_all,
     hash_contexts,
-    jit,
 )
 
 _LONG = 8  # place of the shortest own match that spares the shared table
 _EAGER, _SELDOM = 8192, 4  # parts are fitted to the first tokens, then to every fourth
 
 
-@jit
+@jit_allocating
 def learn(
     rows: Rows,
     tables: Ints,
@@ -109,8 +109,7 @@ def learn(
                 if use_shared:
                     find_all(rows, shared, keys, FIRST_SHARED, found[1])
                 learn_mixing(rows, (own, shared), num_tiers, found, text[end], mixing)
-                # Where distributions are stored the factors lost (DECISIONS 0018).
-                if noise_hits.shape[1] == 1:
+                if len(own_seen) > 0:
                     size, rest, _, _, _ = mix_tier(
                         rows, own, 0, keys, 0, mixing, own_seen, own[CLOCK], recency, tokens,
                         masses, ages, 0, 1.0, np.inf, refs, parts, hints,
@@ -126,7 +125,8 @@ def learn(
             knew = NUM_CONTEXTS
             if own_tier and own[NUM_SLOTS] > 0:
                 knew = count_token(rows, own, keys, 0, excluded_after, text[end], ids, probs)
-                own_seen[text[end] & (NUM_SEEN - 1)] = own[CLOCK]
+                if len(own_seen) > 0:
+                    own_seen[text[end] & (NUM_SEEN - 1)] = own[CLOCK]
             # What a long match of its own prompt foretells, the others need not be told again.
             if use_shared and (knew > _LONG or len(ids) > 0):
                 count_token(rows, shared, keys, FIRST_SHARED, 2, text[end], ids, probs)

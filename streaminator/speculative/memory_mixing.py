@@ -136,7 +136,9 @@ def mix_tier(
                 second = masses[slot]
         if top - second > factor * rest:
             return size, rest, False, longest, count
-    heaviest = parts[:num_refs].max() if num_refs > 0 else 0.0
+    heaviest = 0.0
+    for slot in range(num_refs):
+        heaviest = max(heaviest, parts[slot])
     for slot in range(num_refs):
         cell, mass = refs[slot], parts[slot]
         if mass < min(_LIGHT, heaviest):

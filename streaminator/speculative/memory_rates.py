@@ -17,13 +17,12 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_records import jit_inline
+from streaminator.speculative.memory_records import jit, jit_allocating, jit_inline, log_bin
 from streaminator.speculative.memory_tables import (
     NUM_CONTEXTS,
     SCALE,
     Ints,
     Rows,
-    jit,
     share_of,
     total_of,
 )
@@ -67,17 +66,6 @@ Floats = NDArray[np.float64]
 
 
 @jit_inline
-def log_bin(x: int, num: int) -> int:
-    """0 for 1, 1 for 2, 2 for 3..4, 3 for 5..8 and so on."""
-    index = 0
-    top = 1
-    while x > top and index < num - 1:
-        top *= 2
-        index += 1
-    return index
-
-
-@jit_inline
 def share_bin(share: float) -> int:
     """Its bin: how many of the edges are below it."""
     index = 0
@@ -86,10 +74,11 @@ def share_bin(share: float) -> int:
     return index
 
 
-@jit
-def _decay(pair: Floats) -> None:
-    if pair[0] > _MEMORY:
-        pair *= 0.5
+@jit_inline
+def _decay(pair: Floats, memory: float) -> None:
+    if pair[0] > memory:
+        pair[0] *= 0.5
+        pair[1] *= 0.5
 
 
 @jit_inline
@@ -117,7 +106,7 @@ def hit_rate(hits: Floats, bucket: int) -> float:
     return (hits[bucket, 1] + 8 * rate) / (hits[bucket, 0] + 8)
 
 
-@jit
+@jit_allocating
 def learn_mixing(
     rows: Rows,
     tables: tuple[Ints, Ints],
@@ -154,7 +143,7 @@ def learn_mixing(
         pair = mixing[places[index, 0], places[index, 1], places[index, 2], places[index, 3]]
         pair[0] += reach
         pair[1] += reach * taken
-        _decay(pair)
+        _decay(pair, _MEMORY)
         reach *= 1 - taken
         if reach < 1e-3:
             break
@@ -162,12 +151,17 @@ def learn_mixing(
 
 @jit_inline
 def age_of(seen: Rows, clock: int, token: int) -> int:
-    """Bin of how long ago a token stood in its prompt's text; the last: long ago or never."""
+    """Bin of how long ago a token stood in its prompt's text; the last: long ago or never.
+
+    With no `seen` always the same.
+    """
+    if len(seen) == 0:
+        return 0
     last = np.int64(seen[token & (NUM_SEEN - 1)])
     return log_bin(clock + 1 - last, NUM_AGES) if last > 0 else NUM_AGES - 1
 
 
-@jit
+@jit_allocating
 def learn_recency(
     tokens: Ints, masses: Floats, ages: Ints, size: int, rest: float, token: int, recency: Floats
 ) -> None:
@@ -210,8 +204,7 @@ def learn_hits(
         for index in (bucket, coarse, coarsest):
             hits[index, 0] += 1.0
             hits[index, 1] += 1.0 if hit else 0.0
-            if hits[index, 0] > _HITS_MEMORY:
-                hits[index] *= 0.5
+            _decay(hits[index], _HITS_MEMORY)
         match = bucket // (RUN_BINS * NUM_SHARES)
         tried = predictions[step, 4] != UNTRIED
         for j in range(noise_hits.shape[1] if tried else 0):
@@ -222,8 +215,7 @@ def learn_hits(
                 pair = second_hits[predictions[step, 3]]
                 pair[0] += 1.0
                 pair[1] += 1.0 if predictions[step, 2] == new[step] else 0.0
-                if pair[0] > _HITS_MEMORY:
-                    pair *= 0.5
+                _decay(pair, _HITS_MEMORY)
             state[RUN] = 0
             break
         state[RUN] += 1
