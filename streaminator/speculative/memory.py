@@ -34,6 +34,7 @@ from streaminator.speculative import memory_kernels as kernels
 from streaminator.speculative import memory_learning as learning
 from streaminator.speculative import memory_rates as rates
 from streaminator.speculative.arena import Arena
+from streaminator.speculative.memory_mixing import new_scratch
 from streaminator.speculative.memory_tables import (
     CLOCK,
     MAX_ORDER,
@@ -111,6 +112,7 @@ class Memory:
         self._tails = np.zeros((8, MAX_ORDER), np.int64)
         self._predictions = np.zeros((8, MAX_DRAFT, 4 + len(self._strengths)), np.int64)
         self._free_handles = list(range(7, -1, -1))
+        self._scratch = new_scratch()
         self._starts: dict[str, tuple[int, ...]] = {}
         self._mixing = np.zeros(rates.MIXING_SHAPE)
         # Where noise tells the candidates apart the factors of recency lost (DECISIONS 0018).
@@ -221,7 +223,9 @@ class Memory:
         kernels.draft(
             self._arena.rows, self._tables, self._running, self._tails, handles, caps,
             self.min_survival, self._mixing, self._seen, self._recency, self._hits, self._second_hits,
-            self._strengths, self._noise_hits, self._shared, self._predictions, tokens, survival,
+            self._strengths, self._noise_hits, self._shared, self._predictions,
+            kernels.new_chains(len(handles), tokens.shape[2], len(self._strengths)),
+            self._scratch, tokens, survival,
         )  # fmt: skip
         width = int(np.count_nonzero(survival[:, 0], axis=1).max(initial=0))
         return Drafts(tokens[..., :width], survival[..., :width])
@@ -260,6 +264,7 @@ class Memory:
             self._arena.rows, self._tables, self._running, self._tails, handles, tokens, lengths,
             rejected, num_rejected, top_ids, top_probs, self._mixing, self._seen, self._recency, self._num_learned, self._hits, self._second_hits, self._noise_hits, self._predictions,
             self._learns_completions, self._shared and self._learns_completions, True,
+            _room_for(lengths + num_rejected), self._scratch,
         )  # fmt: skip
 
     def _observe(
@@ -284,6 +289,7 @@ class Memory:
                 lengths, rejected, num_rejected, top_ids, top_probs, self._mixing, self._seen,
                 self._recency, self._num_learned, self._hits, self._second_hits,
                 self._noise_hits, self._predictions, True, shared, False,
+                _room_for(lengths + num_rejected), self._scratch,
             )  # fmt: skip
 
     def _new_handle(self, prompt_id: str, token_ids: Sequence[int], noise_key: int) -> int:
@@ -372,3 +378,8 @@ class Memory:
         if held[NUM_ROWS]:
             self._arena.free(int(held[START]), int(held[NUM_ROWS]))
         self._tables[table, :CLOCK] = 0
+
+
+def _room_for(lengths: Ints) -> Ints:
+    """An array for the longest text, and the tokens before it."""
+    return np.empty(MAX_ORDER + int(lengths.max(initial=0)), np.int64)

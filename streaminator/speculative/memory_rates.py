@@ -17,7 +17,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_records import jit, jit_allocating, jit_inline, log_bin
+from streaminator.speculative.memory_records import jit, jit_inline, log_bin
 from streaminator.speculative.memory_tables import (
     NUM_CONTEXTS,
     SCALE,
@@ -106,7 +106,7 @@ def hit_rate(hits: Floats, bucket: int) -> float:
     return (hits[bucket, 1] + 8 * rate) / (hits[bucket, 0] + 8)
 
 
-@jit_allocating
+@jit
 def learn_mixing(
     rows: Rows,
     tables: tuple[Ints, Ints],
@@ -114,11 +114,14 @@ def learn_mixing(
     found: Ints,
     token: int,
     mixing: Floats,
+    places: Ints,
+    estimates: Floats,
 ) -> None:
-    """One step of expectation-maximisation of the parts that the contexts take."""
-    places = np.empty((2 * NUM_CONTEXTS, 4), np.int64)
-    shares = np.empty(2 * NUM_CONTEXTS, np.float64)
-    parts = np.empty(2 * NUM_CONTEXTS, np.float64)
+    """One step of expectation-maximisation of the parts that the contexts take.
+
+    `places` [m, 4] and `estimates` [3, m + 1] are scratch for all m sources.
+    """
+    shares, parts, below = estimates
     size = 0
     for tier in range(num_tiers):
         for place in range(NUM_CONTEXTS):
@@ -133,7 +136,6 @@ def learn_mixing(
             parts[size] = part_of(mixing, tier, place, kind)
             size += 1
     # Probability of the token from each source down; what none of them knew has a little.
-    below = np.empty(size + 1, np.float64)
     below[size] = 1e-5
     for index in range(size - 1, -1, -1):
         below[index] = parts[index] * shares[index] + (1 - parts[index]) * below[index + 1]
@@ -161,15 +163,26 @@ def age_of(seen: Rows, clock: int, token: int) -> int:
     return log_bin(clock + 1 - last, NUM_AGES) if last > 0 else NUM_AGES - 1
 
 
-@jit_allocating
+@jit
 def learn_recency(
-    tokens: Ints, masses: Floats, ages: Ints, size: int, rest: float, token: int, recency: Floats
+    tokens: Ints,
+    masses: Floats,
+    ages: Ints,
+    size: int,
+    rest: float,
+    token: int,
+    recency: Floats,
+    gradient: Floats,
 ) -> None:
-    """One step up the gradient of the log-likelihood (AdaGrad, Duchi 2011)."""
+    """One step up the gradient of the log-likelihood (AdaGrad, Duchi 2011).
+
+    `gradient` [NUM_AGES] is scratch.
+    """
     total = rest
     for index in range(size):
         total += masses[index]
-    gradient = np.zeros(NUM_AGES)
+    for age in range(NUM_AGES):
+        gradient[age] = 0.0
     for index in range(size):
         gradient[ages[index]] += (tokens[index] == token) - masses[index] / total
     for age in range(NUM_AGES):
