@@ -13,13 +13,19 @@ import numpy as np
 
 from streaminator.speculative.memory_tables import ROW_BYTES, Rows
 
+CACHE_LINE = 64
+"""Bytes."""
+
 
 class Arena:
     """Rows of 32 bytes; `allocate` gives zeroed ranges."""
 
     def __init__(self, max_bytes: int) -> None:
         self._top = max(max_bytes // ROW_BYTES, 1).bit_length() - 1
-        self.rows: Rows = np.zeros((1 << self._top, ROW_BYTES // 4), dtype=np.int32)
+        # No row, and no pair of them, lies across two cache lines. NumPy asks for huge pages.
+        room = np.zeros((ROW_BYTES << self._top) + CACHE_LINE, dtype=np.uint8)
+        room = room[-room.ctypes.data % CACHE_LINE :][: ROW_BYTES << self._top]
+        self.rows: Rows = room.view(np.int32).reshape(-1, ROW_BYTES // 4)
         # Per level a heap of free starts (low addresses first) and the set of those that are valid.
         self._heaps: list[list[int]] = [[] for _ in range(self._top + 1)]
         self._free: list[set[int]] = [set() for _ in range(self._top + 1)]

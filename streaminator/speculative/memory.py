@@ -17,7 +17,7 @@ Invariants
 A token that is new in all its contexts costs 11 rows of 32 bytes in its prompt's table and 6 in the
 shared one; tables are between 0.4 and 0.8 full: 440 to 880 bytes and 240 to 480. A token already
 known in its contexts costs nothing, its distribution at most two rows in either table. Beside the
-tables an open prompt holds 16 KiB: where which token stood last.
+tables an open prompt holds 16 KiB without noise: where which token stood last.
 
 Used by: `memory_store` (the stream), `replay`.
 """
@@ -34,6 +34,7 @@ from streaminator.speculative import memory_kernels as kernels
 from streaminator.speculative import memory_learning as learning
 from streaminator.speculative import memory_rates as rates
 from streaminator.speculative.arena import Arena
+from streaminator.speculative.memory_mixing import new_scratch
 from streaminator.speculative.memory_tables import (
     CLOCK,
     MAX_ORDER,
@@ -111,9 +112,11 @@ class Memory:
         self._tails = np.zeros((8, MAX_ORDER), np.int64)
         self._predictions = np.zeros((8, MAX_DRAFT, 4 + len(self._strengths)), np.int64)
         self._free_handles = list(range(7, -1, -1))
+        self._scratch = new_scratch()
         self._starts: dict[str, tuple[int, ...]] = {}
         self._mixing = np.zeros(rates.MIXING_SHAPE)
-        self._seen = np.zeros((8, rates.NUM_SEEN), np.int32)
+        # Where noise tells the candidates apart the factors of recency lost (DECISIONS 0018).
+        self._seen = np.zeros((8, 0 if noise else rates.NUM_SEEN), np.int32)
         self._recency = np.zeros(rates.RECENCY_SHAPE)
         self._recency[:, 2] = 1
         self._num_learned = np.zeros(1, np.int64)
@@ -220,7 +223,9 @@ class Memory:
         kernels.draft(
             self._arena.rows, self._tables, self._running, self._tails, handles, caps,
             self.min_survival, self._mixing, self._seen, self._recency, self._hits, self._second_hits,
-            self._strengths, self._noise_hits, self._shared, self._predictions, tokens, survival,
+            self._strengths, self._noise_hits, self._shared, self._predictions,
+            kernels.new_chains(len(handles), tokens.shape[2], len(self._strengths)),
+            self._scratch, tokens, survival,
         )  # fmt: skip
         width = int(np.count_nonzero(survival[:, 0], axis=1).max(initial=0))
         return Drafts(tokens[..., :width], survival[..., :width])
@@ -259,6 +264,7 @@ class Memory:
             self._arena.rows, self._tables, self._running, self._tails, handles, tokens, lengths,
             rejected, num_rejected, top_ids, top_probs, self._mixing, self._seen, self._recency, self._num_learned, self._hits, self._second_hits, self._noise_hits, self._predictions,
             self._learns_completions, self._shared and self._learns_completions, True,
+            _room_for(lengths + num_rejected), self._scratch,
         )  # fmt: skip
 
     def _observe(
@@ -283,6 +289,7 @@ class Memory:
                 lengths, rejected, num_rejected, top_ids, top_probs, self._mixing, self._seen,
                 self._recency, self._num_learned, self._hits, self._second_hits,
                 self._noise_hits, self._predictions, True, shared, False,
+                _room_for(lengths + num_rejected), self._scratch,
             )  # fmt: skip
 
     def _new_handle(self, prompt_id: str, token_ids: Sequence[int], noise_key: int) -> int:
@@ -371,3 +378,8 @@ class Memory:
         if held[NUM_ROWS]:
             self._arena.free(int(held[START]), int(held[NUM_ROWS]))
         self._tables[table, :CLOCK] = 0
+
+
+def _room_for(lengths: Ints) -> Ints:
+    """An array for the longest text, and the tokens before it."""
+    return np.empty(MAX_ORDER + int(lengths.max(initial=0)), np.int64)

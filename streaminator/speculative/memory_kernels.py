@@ -25,12 +25,13 @@ whose branches are one token long); its chance is learned by its share of what t
 Used by: `memory`, `memory_learning`.
 """
 
-import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_mixing import MAX_CANDIDATES, MAX_REFS, NUM_HINTS, mix_tier
+from streaminator.speculative.memory_mixing import Scratch, mix_tier
+from streaminator.speculative.memory_noise import choose
 from streaminator.speculative.memory_rates import (
     KNOWN,
     MATCH_BINS,
@@ -44,13 +45,11 @@ from streaminator.speculative.memory_rates import (
     TABLE,
     UNTRIED,
     Floats,
-    gumbel,
     hit_rate,
-    log_bin,
     second_rate,
     share_bin,
 )
-from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline
+from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline, log_bin
 from streaminator.speculative.memory_tables import (
     CLOCK,
     FIRST_SHARED,
@@ -61,68 +60,42 @@ from streaminator.speculative.memory_tables import (
     hash_contexts,
 )
 
-_HOPELESS = 0.01  # of the best candidate's mass: the noise would have to be rare
 _ENOUGH_TRIALS = 64
 """Hits after which all strengths of the noise are tried at every fourth place only."""
 
 
-@jit_inline
-def _choose(
-    tokens: Ints,
-    masses: Floats,
-    size: int,
-    strengths: Floats,
-    strength: int,
-    tries_all: bool,
-    key: int,
-    position: int,
-    best: Floats,
-    picks: Ints,
-) -> tuple[float, int, float]:
-    """For each strength of the noise the index of the best candidate.
+class Chains(NamedTuple):
+    """Arrays that `draft` works in: of each of n chains its text and how far it is."""
 
-    Returns: with noise how far the best one at `strength` leads the next, from one half to one,
-    without one; the index of the next, -1: there is none; the same lead of it over the third.
-    """
-    top, next_index = 0, -1
-    for index in range(1, size):
-        if masses[index] > masses[top]:
-            top, next_index = index, top
-        elif next_index < 0 or masses[index] > masses[next_index]:
-            next_index = index
-    if len(strengths) == 1:
-        picks[0] = top
-        return 1.0, next_index, 1.0
-    best[:] = -np.inf
-    first = second = third = -np.inf
-    next_index = -1
-    hopeless = _HOPELESS * masses[top]
-    for index in range(size):
-        if masses[index] < hopeless:
-            continue
-        score = math.log(masses[index])
-        noise = gumbel(key, position, tokens[index])
-        here = score + strengths[strength] * noise
-        if here > first:
-            third, second, first = second, first, here
-            next_index = picks[strength] if second > -np.inf else -1
-            picks[strength] = index
-        elif here > second:
-            third, second, next_index = second, here, index
-        elif here > third:
-            third = here
-        if not tries_all:
-            continue
-        for j in range(len(strengths)):
-            here = score + strengths[j] * noise
-            if here > best[j]:
-                best[j] = here
-                if j != strength:
-                    picks[j] = index
-    lead = 1 / (1 + math.exp(second - first))
-    if next_index < 0:
-        return lead, -1, 0.0
-    return lead, next_index, 1 / (1 + math.exp(third - second))
+    keys: NDArray[np.uint64]
+    text: Ints
+    restore: Rows
+    survivals: Floats
+    starts: Ints
+    waiting: Ints
+    picks: Ints
+
+
+def new_chains(num: int, width: int, num_strengths: int) -> Chains:
+    """Arrays for `num` chains of at most `width` tokens."""
+    return Chains(
+        keys=np.empty((num, NUM_CONTEXTS), np.uint64),
+        text=np.empty((num, MAX_ORDER + width), np.int64),
+        restore=np.empty((num, width), np.int32),
+        survivals=np.ones(num),
+        starts=np.zeros(num, np.int64),
+        waiting=np.arange(num),
+        picks=np.zeros(num_strengths, np.int64),
+    )
+
+
+@jit_inline
+def _best_strength(noise_hits: Floats, match: int) -> int:
+    best = 0
+    for index in range(1, noise_hits.shape[1]):
+        if noise_hits[match, index] > noise_hits[match, best]:
+            best = index
+    return best
 
 
 @jit
@@ -143,6 +116,8 @@ def draft(
     noise_hits: Floats,
     use_shared: bool,
     predictions: Ints,
+    chains: Chains,
+    scratch: Scratch,
     out_tokens: Ints,
     out_survival: NDArray[np.float32],
 ) -> None:
@@ -156,37 +131,33 @@ def draft(
         handles, caps: [n] whom to draft for, at most how many tokens, second choices included.
         min_survival: drafting stops at the first token less likely to be accepted.
         mixing, recency, hits, second_hits, strengths, noise_hits: what was learned about each.
-        seen: [tables, NUM_SEEN] where tokens stood last.
+        seen: [tables, NUM_SEEN] where tokens stood last, [tables, 0]: without factors of recency.
         use_shared: whether the shared table is mixed in.
         predictions: [H, K, 4 + S] token, bucket, second choice (-1: none) and its share, and the
             token by each strength.
+        chains, scratch: arrays to work in, `chains` new ones.
         out_tokens, out_survival: [n, 2, K] zeroed, chains and second choices; survival 0: none.
     """
     num, width = len(handles), out_tokens.shape[2]
     # Without noise a lead above what is left decides; noise may turn a larger lead around.
-    factor = recency[:, 2].max() if len(strengths) == 1 else 20.0
-    tokens = np.empty(MAX_CANDIDATES, np.int64)
-    masses = np.empty(MAX_CANDIDATES, np.float64)
-    ages = np.empty(MAX_CANDIDATES, np.int64)
-    refs, parts = np.empty(MAX_REFS, np.int64), np.empty(MAX_REFS, np.float64)
-    hints = np.zeros(NUM_HINTS, np.int64)
-    picks = np.zeros(len(strengths), np.int64)
-    best = np.empty(len(strengths), np.float64)
-    keys = np.empty((num, NUM_CONTEXTS), np.uint64)
-    text = np.empty((num, MAX_ORDER + width), np.int64)
-    restore = np.empty((num, width), np.int32)
-    survivals, starts = np.ones(num), np.zeros(num, np.int64)
-    waiting = np.arange(num)
+    factor = 0.0 if len(strengths) == 1 else 20.0
+    for age in range(len(recency)):
+        factor = max(factor, recency[age, 2])
+    uses_recency = seen.shape[1] > 0
+    keys, text, restore, survivals, starts, waiting, picks = chains
+    tokens, masses = scratch.tokens, scratch.masses
+    num_waiting = num
     for n in range(num):
         state = running[handles[n]]
         state[PREDICTED] = 0
-        text[n, :MAX_ORDER] = tails[handles[n]]
+        for index in range(MAX_ORDER):
+            text[n, index] = tails[handles[n], index]
         hash_contexts(text[n], MAX_ORDER, state[KNOWN], keys[n])
         fetch_rows(rows, tables[state[TABLE]], tables[0], keys[n], 0, use_shared)
     # A token of each at a time, so that the rows it needs come from memory meanwhile.
     for step in range(width):
         num_left = 0
-        for place in range(len(waiting)):
+        for place in range(num_waiting):
             n = waiting[place]
             if step >= caps[n]:
                 continue
@@ -196,8 +167,8 @@ def draft(
             end = MAX_ORDER + step
             clock = own[CLOCK] + step
             size, rest, matters, longest, count = mix_tier(
-                rows, own, 0, keys[n], starts[n], mixing, own_seen, clock, recency, tokens,
-                masses, ages, 0, 1.0, factor, refs, parts, hints,
+                rows, own, 0, keys[n], starts[n], mixing, own_seen, clock, recency, scratch,
+                0, 1.0, factor,
             )  # fmt: skip
             # What was never seen after n tokens is not after n + 1 in the next step.
             starts[n] = max(longest - 1, 0) if longest < GAPPED else 0
@@ -207,19 +178,19 @@ def draft(
             if use_shared and matters:
                 size, rest, _, longest, _ = mix_tier(
                     rows, tables[0], 1, keys[n], FIRST_SHARED, mixing, own_seen, clock, recency,
-                    tokens, masses, ages, size, rest, factor, refs, parts, hints,
+                    scratch, size, rest, factor,
                 )  # fmt: skip
                 if match == 0:
                     match = min(NUM_CONTEXTS - longest, MATCH_BINS - 1)
             if size == 0:
                 continue
-            strength = np.argmax(noise_hits[match])
+            strength = _best_strength(noise_hits, match)
             position = state[POSITION] + step
-            is_new = noise_hits[match].max() < _ENOUGH_TRIALS
+            is_new = noise_hits[match, strength] < _ENOUGH_TRIALS
             tries_all = len(strengths) > 1 and (position & 3 == 0 or is_new)
-            lead, second, second_lead = _choose(
+            lead, second, second_lead = choose(
                 tokens, masses, size, strengths, strength, tries_all, state[NOISE_KEY], position,
-                best, picks,
+                scratch.near, scratch.scores, picks,
             )  # fmt: skip
             pick = picks[strength]
             known_mass = 0.0
@@ -235,9 +206,10 @@ def draft(
             survivals[n] = survival
             token = tokens[pick]
             text[n, end] = token
-            # For the rest of the chain it has been said.
-            restore[n, step] = own_seen[token & (NUM_SEEN - 1)]
-            own_seen[token & (NUM_SEEN - 1)] = clock + 1
+            if uses_recency:
+                # For the rest of the chain it has been said.
+                restore[n, step] = own_seen[token & (NUM_SEEN - 1)]
+                own_seen[token & (NUM_SEEN - 1)] = clock + 1
             guess = predictions[handle, step]
             guess[0], guess[1], guess[2] = token, bucket, -1
             for j in range(len(strengths)):
@@ -265,11 +237,10 @@ def draft(
                 fetch_rows(rows, own, tables[0], keys[n], starts[n], use_shared)
                 waiting[num_left] = n
                 num_left += 1
-        waiting = waiting[:num_left]
+        num_waiting = num_left
     for n in range(num):
-        if np.count_nonzero(out_survival[n]) > caps[n]:
-            _keep_best(out_survival[n], caps[n])
-    for step in range(width - 1, -1, -1):
+        _keep_best(out_survival[n], caps[n])
+    for step in range(width - 1 if uses_recency else -1, -1, -1):
         for n in range(num - 1, -1, -1):
             state = running[handles[n]]
             if step < state[PREDICTED]:
@@ -280,8 +251,10 @@ def draft(
 @jit
 def _keep_best(survival: NDArray[np.float32], cap: int) -> None:
     """Leave the `cap` likeliest of a chain and the second choices beside it."""
-    num = np.count_nonzero(survival)
-    length = np.count_nonzero(survival[0])
+    length = num = 0
+    for step in range(survival.shape[1]):
+        length += survival[0, step] > 0
+        num += (survival[0, step] > 0) + (survival[1, step] > 0)
     while num > cap:
         row, place = 0, length - 1
         for step in range(length):

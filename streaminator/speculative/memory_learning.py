@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 
 from streaminator.speculative.memory_mixing import (
     ENOUGH,
-    MAX_CANDIDATES,
-    MAX_REFS,
-    NUM_HINTS,
+    Scratch,
     mix_tier,
 )
 from streaminator.speculative.memory_rates import (
@@ -26,6 +24,7 @@ from streaminator.speculative.memory_rates import (
     learn_mixing,
     learn_recency,
 )
+from streaminator.speculative.memory_records import jit
 from streaminator.speculative.memory_tables import (
     CLOCK,
     FIRST_SHARED,
@@ -37,7 +36,6 @@ from streaminator.speculative.memory_tables import (
     count_token,
     find_all,
     hash_contexts,
-    jit,
 )
 
 _LONG = 8  # place of the shortest own match that spares the shared table
@@ -68,33 +66,28 @@ def learn(
     own_tier: bool,
     use_shared: bool,
     learns_rates: bool,
+    text: Ints,
+    scratch: Scratch,
 ) -> None:
     """Append `new` (all handles' tokens, `lengths` of each) and count them.
 
     `top_ids`, `top_probs` [m + r, M] hold each new token's distribution, and what would have
     followed each of the `rejected` drafts (`num_rejected` of each handle), handle by handle;
-    M = 0: tokens only.
+    M = 0: tokens only. `text` has room for MAX_ORDER tokens before a handle's own.
     """
-    longest = 0
-    for n in range(len(handles)):
-        longest = max(longest, lengths[n] + num_rejected[n])
-    text = np.empty(MAX_ORDER + longest, np.int64)
-    keys = np.empty(NUM_CONTEXTS, np.uint64)
-    found = np.empty((2, NUM_CONTEXTS), np.int64)
+    tokens, masses, ages, keys = scratch.tokens, scratch.masses, scratch.ages, scratch.keys
+    found, gradient = scratch.found, scratch.gradient
     num_tiers = 2 if use_shared else 1
-    tokens = np.empty(MAX_CANDIDATES, np.int64)
-    masses = np.empty(MAX_CANDIDATES, np.float64)
-    ages = np.empty(MAX_CANDIDATES, np.int64)
-    refs, parts = np.empty(MAX_REFS, np.int64), np.empty(MAX_REFS, np.float64)
-    hints = np.zeros(NUM_HINTS, np.int64)
     first = first_rejected = 0
     for n in range(len(handles)):
         handle, num = handles[n], lengths[n]
         first_row = first + first_rejected
         state = running[handle]
         own, shared, own_seen = tables[state[TABLE]], tables[0], seen[state[TABLE]]
-        text[:MAX_ORDER] = tails[handle]
-        text[MAX_ORDER : MAX_ORDER + num] = new[first : first + num]
+        for index in range(MAX_ORDER):
+            text[index] = tails[handle, index]
+        for index in range(num):
+            text[MAX_ORDER + index] = new[first + index]
         if learns_rates:
             drawn = new[first : first + num]
             learn_hits(state, predictions[handle], drawn, hits, second_hits, noise_hits)
@@ -108,29 +101,33 @@ def learn(
                 find_all(rows, own, keys, 0, found[0])
                 if use_shared:
                     find_all(rows, shared, keys, FIRST_SHARED, found[1])
-                learn_mixing(rows, (own, shared), num_tiers, found, text[end], mixing)
-                # Where distributions are stored the factors lost (DECISIONS 0018).
-                if noise_hits.shape[1] == 1:
+                learn_mixing(
+                    rows, (own, shared), num_tiers, found, text[end], mixing, scratch.places,
+                    scratch.estimates,
+                )  # fmt: skip
+                if len(own_seen) > 0:
                     size, rest, _, _, _ = mix_tier(
-                        rows, own, 0, keys, 0, mixing, own_seen, own[CLOCK], recency, tokens,
-                        masses, ages, 0, 1.0, np.inf, refs, parts, hints,
+                        rows, own, 0, keys, 0, mixing, own_seen, own[CLOCK], recency, scratch,
+                        0, 1.0, np.inf,
                     )  # fmt: skip
                     if use_shared and rest >= ENOUGH:
                         size, rest, _, _, _ = mix_tier(
                             rows, shared, 1, keys, FIRST_SHARED, mixing, own_seen, own[CLOCK], recency,
-                            tokens, masses, ages, size, rest, np.inf, refs, parts, hints,
+                            scratch, size, rest, np.inf,
                         )  # fmt: skip
-                    learn_recency(tokens, masses, ages, size, rest, text[end], recency)
+                    learn_recency(tokens, masses, ages, size, rest, text[end], recency, gradient)
             # A distribution says something new each time: twice as many contexts are told.
             excluded_after = 1 if len(ids) == 0 else 2
             knew = NUM_CONTEXTS
             if own_tier and own[NUM_SLOTS] > 0:
                 knew = count_token(rows, own, keys, 0, excluded_after, text[end], ids, probs)
-                own_seen[text[end] & (NUM_SEEN - 1)] = own[CLOCK]
+                if len(own_seen) > 0:
+                    own_seen[text[end] & (NUM_SEEN - 1)] = own[CLOCK]
             # What a long match of its own prompt foretells, the others need not be told again.
             if use_shared and (knew > _LONG or len(ids) > 0):
                 count_token(rows, shared, keys, FIRST_SHARED, 2, text[end], ids, probs)
-        tails[handle] = text[num : num + MAX_ORDER]
+        for index in range(MAX_ORDER):
+            tails[handle, index] = text[num + index]
         for index in range(num_rejected[n] if own_tier and own[NUM_SLOTS] > 0 else 0):
             # The first one stands where the last of the new tokens was drawn instead.
             end = MAX_ORDER + num + index

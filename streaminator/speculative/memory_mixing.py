@@ -9,10 +9,12 @@ once. Records with little to say are not read at all.
 Used by: `memory_kernels`, `memory_learning`.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_rates import Floats, age_of, kind_of, part_of
+from streaminator.speculative.memory_rates import NUM_AGES, Floats, age_of, kind_of, part_of
 from streaminator.speculative.memory_records import (
     EMPTY,
     NUM_CELLS,
@@ -47,6 +49,43 @@ NUM_HINTS = _MIXTURES + 2
 """Scratch: for cells and for tokens 256 hints each, and the number of the mixture they are of."""
 
 
+class Scratch(NamedTuple):
+    """Arrays that the loops work in: a mixture's candidates, the records it reads, what was found."""
+
+    tokens: Ints
+    masses: Floats
+    ages: Ints
+    refs: Ints
+    parts: Floats
+    hints: Ints
+    near: Ints
+    scores: Floats
+    keys: NDArray[np.uint64]
+    found: Ints
+    places: Ints
+    estimates: Floats
+    gradient: Floats
+
+
+def new_scratch() -> Scratch:
+    """Arrays for one memory."""
+    return Scratch(
+        tokens=np.empty(MAX_CANDIDATES, np.int64),
+        masses=np.empty(MAX_CANDIDATES),
+        ages=np.empty(MAX_CANDIDATES, np.int64),
+        refs=np.empty(MAX_REFS, np.int64),
+        parts=np.empty(MAX_REFS),
+        hints=np.zeros(NUM_HINTS, np.int64),
+        near=np.empty((2, MAX_CANDIDATES), np.int64),
+        scores=np.empty((2, MAX_CANDIDATES)),
+        keys=np.empty(NUM_CONTEXTS, np.uint64),
+        found=np.empty((2, NUM_CONTEXTS), np.int64),
+        places=np.empty((2 * NUM_CONTEXTS, 4), np.int64),
+        estimates=np.empty((3, 2 * NUM_CONTEXTS + 1)),
+        gradient=np.empty(NUM_AGES),
+    )
+
+
 @jit
 def mix_tier(
     rows: Rows,
@@ -58,23 +97,19 @@ def mix_tier(
     seen: Rows,
     clock: int,
     recency: Floats,
-    tokens: Ints,
-    masses: Floats,
-    ages: Ints,
+    scratch: Scratch,
     size: int,
     rest: float,
     factor: float,
-    refs: Ints,
-    parts: Floats,
-    hints: Ints,
 ) -> tuple[int, float, bool, int, int]:
     """Add a table's contexts from `first` on to the mixture, until the rest cannot matter.
 
-    `refs`, `parts` and `hints` are scratch.
+    The first `size` tokens and masses in `scratch` are the mixture so far.
 
     Returns: the number of candidates, the mass left, whether that matters, the longest match's
     place and count.
     """
+    tokens, masses, ages, refs, parts, hints = scratch[:6]
     longest, count = NUM_CONTEXTS, 0
     if table[NUM_SLOTS] == 0:
         return size, rest, True, longest, count
@@ -136,7 +171,9 @@ def mix_tier(
                 second = masses[slot]
         if top - second > factor * rest:
             return size, rest, False, longest, count
-    heaviest = parts[:num_refs].max() if num_refs > 0 else 0.0
+    heaviest = 0.0
+    for slot in range(num_refs):
+        heaviest = max(heaviest, parts[slot])
     for slot in range(num_refs):
         cell, mass = refs[slot], parts[slot]
         if mass < min(_LIGHT, heaviest):

@@ -17,14 +17,12 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_records import jit_inline
+from streaminator.speculative.memory_records import jit, jit_inline, log_bin
 from streaminator.speculative.memory_tables import (
     NUM_CONTEXTS,
     SCALE,
     Ints,
     Rows,
-    jit,
-    mix64,
     share_of,
     total_of,
 )
@@ -61,34 +59,10 @@ _RATE = 0.1
 _MEMORY = 4096.0  # observations after which a learned rate halves its past
 _HITS_MEMORY = 256.0  # a hit rate: it climbs from generation to generation
 
-_NOISE_ROW, _NOISE_TOKEN = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
-_SHIFT12 = np.uint64(12)
-_TWO = np.uint64(2)
-
 # Columns of a running sequence's integers.
 TABLE, KNOWN, POSITION, NOISE_KEY, RUN, PREDICTED = range(6)
 
 Floats = NDArray[np.float64]
-
-
-@jit_inline
-def gumbel(noise_key: int, position: int, token: int) -> float:
-    """The sampler's noise (`streaminator.engine.sampler.gumbel`), bit for bit its uniform."""
-    row = mix64(np.uint64(noise_key) + np.uint64(position) * _NOISE_ROW)
-    bits = mix64(row + (np.uint64(token) + _TWO) * _NOISE_TOKEN)
-    uniform = (np.float64(bits >> _SHIFT12) + 0.5) * 2.0**-52
-    return -math.log(-math.log(uniform))
-
-
-@jit_inline
-def log_bin(x: int, num: int) -> int:
-    """0 for 1, 1 for 2, 2 for 3..4, 3 for 5..8 and so on."""
-    index = 0
-    top = 1
-    while x > top and index < num - 1:
-        top *= 2
-        index += 1
-    return index
 
 
 @jit_inline
@@ -100,10 +74,11 @@ def share_bin(share: float) -> int:
     return index
 
 
-@jit
-def _decay(pair: Floats) -> None:
-    if pair[0] > _MEMORY:
-        pair *= 0.5
+@jit_inline
+def _decay(pair: Floats, memory: float) -> None:
+    if pair[0] > memory:
+        pair[0] *= 0.5
+        pair[1] *= 0.5
 
 
 @jit_inline
@@ -139,11 +114,14 @@ def learn_mixing(
     found: Ints,
     token: int,
     mixing: Floats,
+    places: Ints,
+    estimates: Floats,
 ) -> None:
-    """One step of expectation-maximisation of the parts that the contexts take."""
-    places = np.empty((2 * NUM_CONTEXTS, 4), np.int64)
-    shares = np.empty(2 * NUM_CONTEXTS, np.float64)
-    parts = np.empty(2 * NUM_CONTEXTS, np.float64)
+    """One step of expectation-maximisation of the parts that the contexts take.
+
+    `places` [m, 4] and `estimates` [3, m + 1] are scratch for all m sources.
+    """
+    shares, parts, below = estimates
     size = 0
     for tier in range(num_tiers):
         for place in range(NUM_CONTEXTS):
@@ -158,7 +136,6 @@ def learn_mixing(
             parts[size] = part_of(mixing, tier, place, kind)
             size += 1
     # Probability of the token from each source down; what none of them knew has a little.
-    below = np.empty(size + 1, np.float64)
     below[size] = 1e-5
     for index in range(size - 1, -1, -1):
         below[index] = parts[index] * shares[index] + (1 - parts[index]) * below[index + 1]
@@ -168,7 +145,7 @@ def learn_mixing(
         pair = mixing[places[index, 0], places[index, 1], places[index, 2], places[index, 3]]
         pair[0] += reach
         pair[1] += reach * taken
-        _decay(pair)
+        _decay(pair, _MEMORY)
         reach *= 1 - taken
         if reach < 1e-3:
             break
@@ -176,20 +153,36 @@ def learn_mixing(
 
 @jit_inline
 def age_of(seen: Rows, clock: int, token: int) -> int:
-    """Bin of how long ago a token stood in its prompt's text; the last: long ago or never."""
+    """Bin of how long ago a token stood in its prompt's text; the last: long ago or never.
+
+    With no `seen` always the same.
+    """
+    if len(seen) == 0:
+        return 0
     last = np.int64(seen[token & (NUM_SEEN - 1)])
     return log_bin(clock + 1 - last, NUM_AGES) if last > 0 else NUM_AGES - 1
 
 
 @jit
 def learn_recency(
-    tokens: Ints, masses: Floats, ages: Ints, size: int, rest: float, token: int, recency: Floats
+    tokens: Ints,
+    masses: Floats,
+    ages: Ints,
+    size: int,
+    rest: float,
+    token: int,
+    recency: Floats,
+    gradient: Floats,
 ) -> None:
-    """One step up the gradient of the log-likelihood (AdaGrad, Duchi 2011)."""
+    """One step up the gradient of the log-likelihood (AdaGrad, Duchi 2011).
+
+    `gradient` [NUM_AGES] is scratch.
+    """
     total = rest
     for index in range(size):
         total += masses[index]
-    gradient = np.zeros(NUM_AGES)
+    for age in range(NUM_AGES):
+        gradient[age] = 0.0
     for index in range(size):
         gradient[ages[index]] += (tokens[index] == token) - masses[index] / total
     for age in range(NUM_AGES):
@@ -224,8 +217,7 @@ def learn_hits(
         for index in (bucket, coarse, coarsest):
             hits[index, 0] += 1.0
             hits[index, 1] += 1.0 if hit else 0.0
-            if hits[index, 0] > _HITS_MEMORY:
-                hits[index] *= 0.5
+            _decay(hits[index], _HITS_MEMORY)
         match = bucket // (RUN_BINS * NUM_SHARES)
         tried = predictions[step, 4] != UNTRIED
         for j in range(noise_hits.shape[1] if tried else 0):
@@ -236,8 +228,7 @@ def learn_hits(
                 pair = second_hits[predictions[step, 3]]
                 pair[0] += 1.0
                 pair[1] += 1.0 if predictions[step, 2] == new[step] else 0.0
-                if pair[0] > _HITS_MEMORY:
-                    pair *= 0.5
+                _decay(pair, _HITS_MEMORY)
             state[RUN] = 0
             break
         state[RUN] += 1

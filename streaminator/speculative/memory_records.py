@@ -45,20 +45,31 @@ _COUNT = -1024
 """The bits of a total that count."""
 
 
-def jit(function: Callable) -> Any:
+def _compiled(function: Callable, **options: Any) -> Any:
     """Compile on first use; the result is kept on disk where a folder for it can be written."""
+    options |= {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, nogil=True)(function)
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache is writable
-        return numba.njit(nogil=True)(function)
+        return numba.njit(**options)(function)
+
+
+def jit_allocating(function: Callable) -> Any:
+    """Compile a function that makes arrays."""
+    return _compiled(function)
+
+
+def jit(function: Callable) -> Any:
+    """Compile a function that makes none. It does not count references to arrays.
+
+    The caller holds all it sees, and counting takes longer than these loops' own work.
+    """
+    return _compiled(function, _nrt=False)
 
 
 def jit_inline(function: Callable) -> Any:
     """The same for what is called in inner loops: passing arrays costs more than its work."""
-    try:
-        return numba.njit(cache=True, nogil=True, forceinline=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True, forceinline=True)(function)
+    return _compiled(function, _nrt=False, forceinline=True)
 
 
 def _prefetch(context: Any, rows: Any, index: Any) -> Any:
@@ -80,6 +91,23 @@ def _prefetch(context: Any, rows: Any, index: Any) -> Any:
 
 prefetch: Any = intrinsic(_prefetch)
 """`prefetch(rows, index)` has the processor fetch `rows[index]` meanwhile."""
+
+
+def _leading_zeros(context: Any, x: Any) -> Any:
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctlz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.int64(types.int64), generate
+
+
+_zeros: Any = intrinsic(_leading_zeros)
+
+
+@jit_inline
+def log_bin(x: int, num: int) -> int:
+    """0 for 1, 1 for 2, 2 for 3..4, 3 for 5..8 and so on, up to `num` - 1."""
+    return min(64 - _zeros(max(x - 1, 0)), num - 1)
 
 
 @jit

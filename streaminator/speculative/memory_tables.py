@@ -27,6 +27,7 @@ from streaminator.speculative.memory_records import (
     Ints,
     Rows,
     jit,
+    jit_allocating,
     jit_inline,
     mass_in_cell,
     num_rows_of,
@@ -295,7 +296,7 @@ def _knows(rows: Rows, table: Ints, row: int, token: int) -> bool:
     return _weight_of(rows, table, row, token) > 0
 
 
-@jit
+@jit_allocating
 def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
     """Copy the contexts touched at `oldest` or later into an empty, zeroed table."""
     new[CLOCK] = old[CLOCK]
@@ -327,7 +328,7 @@ def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
             at = np.int64(rows[target, 6])
 
 
-@jit
+@jit_allocating
 def _move_records(rows: Rows, old: Ints, new: Ints, row: int, moved: Ints) -> None:
     """Copy what a row's cells point to, unless another row's did before."""
     for column in range(2, 2 + NUM_CELLS):

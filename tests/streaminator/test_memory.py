@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from streaminator.speculative.arena import Arena
 from streaminator.speculative.draft_budget import DraftBudget, StepCosts
 from streaminator.speculative.memory import Memory
-from streaminator.speculative.memory_rates import gumbel
+from streaminator.speculative.memory_noise import gumbel
 
 SMALL = 1 << 20
 

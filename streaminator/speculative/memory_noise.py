@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+# In compiled code the integers of Python and numpy are one.
+# pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
+"""Compiled choice among candidates, with the sampler's noise (`memory_kernels` says why).
+
+Used by: `memory_kernels`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from streaminator.speculative.memory_rates import Floats
+from streaminator.speculative.memory_records import Ints, jit_inline
+from streaminator.speculative.memory_tables import mix64
+
+_HOPELESS = 0.01  # of the best candidate's mass: the noise would have to be rare
+
+_NOISE_ROW, _NOISE_TOKEN = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
+_SHIFT12 = np.uint64(12)
+_TWO = np.uint64(2)
+_ROOT_HALF, _MANTISSA = 0x3FE6A09E667F3BCD, 52
+_LN2 = math.log(2)
+
+
+def _bits_as(kind: Any, llvm_type: Callable) -> Any:
+    """A compiled function that reads 64 bits as another type."""
+
+    def bits_as(context: Any, x: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], llvm_type())
+
+        return kind(x), generate
+
+    return intrinsic(bits_as)
+
+
+_as_int: Any = _bits_as(types.int64, lambda: ir.IntType(64))
+_as_float: Any = _bits_as(types.float64, ir.DoubleType)
+
+
+@jit_inline
+def _log(x: float) -> float:
+    """Logarithm of a positive normal number, to 13 digits: unlike the library's it vectorises."""
+    bits = _as_int(x)
+    exponent = (bits - _ROOT_HALF) >> _MANTISSA
+    # Of what is between sqrt(1/2) and sqrt(2) the series of the area tangent is short.
+    x = _as_float(bits - (exponent << _MANTISSA))
+    t = (x - 1) / (x + 1)
+    z = t * t
+    series = 1 / 9 + z * (1 / 11 + z * (1 / 13 + z * (1 / 15)))
+    series = 1 + z * (1 / 3 + z * (1 / 5 + z * (1 / 7 + z * series)))
+    return exponent * _LN2 + 2 * t * series
+
+
+@jit_inline
+def _row_of(noise_key: int, position: int) -> int:
+    return mix64(np.uint64(noise_key) + np.uint64(position) * _NOISE_ROW)
+
+
+@jit_inline
+def _log_exponential(row: int, token: int) -> float:
+    """Logarithm of the exponential variate whose negative is the sampler's noise."""
+    bits = mix64(row + (np.uint64(token) + _TWO) * _NOISE_TOKEN)
+    uniform = (np.float64(bits >> _SHIFT12) + 0.5) * 2.0**-52
+    return _log(-_log(uniform))
+
+
+@jit_inline
+def gumbel(noise_key: int, position: int, token: int) -> float:
+    """The sampler's noise (`streaminator.engine.sampler.gumbel`), bit for bit its uniform."""
+    return -_log_exponential(_row_of(noise_key, position), token)
+
+
+@jit_inline
+def choose(
+    tokens: Ints,
+    masses: Floats,
+    size: int,
+    strengths: Floats,
+    strength: int,
+    tries_all: bool,
+    key: int,
+    position: int,
+    near: Ints,
+    scores: Floats,
+    picks: Ints,
+) -> tuple[float, int, float]:
+    """For each strength of the noise the index of the best candidate.
+
+    `near` [2, size] and `scores` [2, size] are scratch.
+
+    Returns: with noise how far the best one at `strength` leads the next, from one half to one,
+    without one; the index of the next, -1: there is none; the same lead of it over the third.
+    """
+    top, next_index = 0, -1
+    for index in range(1, size):
+        if masses[index] > masses[top]:
+            top, next_index = index, top
+        elif next_index < 0 or masses[index] > masses[next_index]:
+            next_index = index
+    if len(strengths) == 1:
+        picks[0] = top
+        return 1.0, next_index, 1.0
+    hopeless = _HOPELESS * masses[top]
+    num = 0
+    for index in range(size):
+        near[0, num], near[1, num] = index, tokens[index]
+        scores[0, num] = masses[index]
+        num += masses[index] >= hopeless
+    row = _row_of(key, position)
+    for index in range(num):
+        scores[0, index] = _log(scores[0, index])
+        scores[1, index] = _log_exponential(row, near[1, index])
+    first = second = third = -np.inf
+    pick = next_index = -1
+    for index in range(num):
+        here = scores[0, index] - strengths[strength] * scores[1, index]
+        if here > first:
+            third, second, first = second, first, here
+            pick, next_index = near[0, index], pick
+        elif here > second:
+            third, second, next_index = second, here, near[0, index]
+        elif here > third:
+            third = here
+    if tries_all:
+        for j in range(len(strengths)):
+            best = -np.inf
+            for index in range(num):
+                here = scores[0, index] - strengths[j] * scores[1, index]
+                if here > best:
+                    best = here
+                    picks[j] = near[0, index]
+    picks[strength] = pick
+    lead = 1 / (1 + math.exp(second - first))
+    if next_index < 0:
+        return lead, -1, 0.0
+    return lead, next_index, 1 / (1 + math.exp(third - second))
