@@ -6,7 +6,9 @@ Shapes: N blocks, S = block_size, K KV heads, H head dim (may differ between lay
 Used by: `attention` (writes and reads), `model_runner` (makes it).
 """
 
+import mmap
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ class KVCache:
         self._places = list(places.values())
         # Tensors of one shape lie in one piece, so that a block is cleared in one operation.
         self._pieces = [
-            torch.zeros(len(members), num_blocks, block_size, *shape, **self._options)
+            _zeros((len(members), num_blocks, block_size, *shape), **self._options)
             for shape, members in places.items()
         ]
         self._gathered: dict[tuple[int, ...], torch.Tensor] = {}
@@ -56,7 +58,7 @@ class KVCache:
     def grow(self, num_blocks: int) -> None:
         """Add blocks, up to `num_blocks`; what is stored stays."""
         for index, old in enumerate(self._pieces):
-            new = torch.zeros(old.shape[0], num_blocks, *old.shape[2:], **self._options)
+            new = _zeros((old.shape[0], num_blocks, *old.shape[2:]), **self._options)
             new[:, : old.shape[1]] = old
             self._pieces[index] = new
         self._map_layers()
@@ -105,6 +107,14 @@ class KVCache:
         index = torch.tensor(blocks, dtype=torch.int64).to(self._options["device"])
         for piece in self._pieces:
             piece.index_fill_(1, index, 0)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU a page is taken when something is first written to it: few runs need all blocks."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def bytes_per_block(shapes: dict[int, LayerShape], block_size: int, dtype: torch.dtype) -> int:
