@@ -35,8 +35,9 @@ from streaminator.pool import (
     WorkerReady,
     WorkerReported,
     WorkResult,
-    say_memory,
+    say_opened,
 )
+from streaminator.progress import Opened
 from streaminator.sequence import Prompt
 
 CLOSE_SECONDS = 30.0
@@ -90,6 +91,7 @@ class RayPool:
         self._devices: dict[int, str] = {}
         self.pids: dict[int, int] = {}
         """Process of each worker that is there, on its own machine."""
+        self.opened: dict[int, Opened] = {}
         self._run: Any = None
         self._loaded: set[int] = set()
         self._pending: dict[Any, tuple[int, str]] = {}
@@ -240,10 +242,11 @@ class RayPool:
                 if self._run is not None:
                     self._call(worker, "open", self._run)
             elif stage == "open":
-                if result and not self._was_ready:
-                    say_memory(result)
+                if result.memory and not self._was_ready:
+                    say_opened(result)
                 self._was_ready = True
-                self._events.append(WorkerReady(worker))
+                self.opened[worker] = result
+                self._events.append(WorkerReady(worker, result.stream_width))
             else:
                 self._events.append(WorkerReported(worker, result))
 

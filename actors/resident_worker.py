@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 
 from actors.worker import Worker
 from streaminator.errors import ModelError, first_line
+from streaminator.progress import Opened
 from streaminator.resident_session import ResidentSession
 
 
@@ -45,13 +46,14 @@ class ResidentWorker(Worker):
         return ResidentSession(self._config, num_threads=self._num_threads)
 
     @ray.method
-    def open(self, call: OpenCall) -> None:
+    def open(self, call: OpenCall) -> Opened:
         """Begin a call, with its weights. Raises: ModelError; the old weights stay."""
         if call.weights.version != self._version:
             self._session.update_weights(_fetch(call.weights.source))
             self._version = call.weights.version
-        if call.seed is not None:
-            self._session.open(seed=call.seed, max_prompt_length=call.max_prompt_length)
+        if call.seed is None:
+            return Opened(stream_width=0)
+        return self._session.open(seed=call.seed, max_prompt_length=call.max_prompt_length)
 
 
 def _fetch(source: object) -> object:

@@ -92,7 +92,7 @@ class RayWorkers(RayPool):
             worker_class=ResidentWorker,
         )
 
-    def begin(self, *, seed: int, max_prompt_length: int) -> set[int]:
+    def begin(self, *, seed: int, max_prompt_length: int) -> dict[int, int]:
         """Begin a call on all workers that are there."""
         call = OpenCall(weights=self._weights, seed=seed, max_prompt_length=max_prompt_length)
         return self._open_all(call)
@@ -113,20 +113,22 @@ class RayWorkers(RayPool):
         self._open_all(OpenCall(weights=new))
         self._weights = new
 
-    def _open_all(self, call: OpenCall) -> set[int]:
-        """Let all workers that are there open a call; returns who did.
+    def _open_all(self, call: OpenCall) -> dict[int, int]:
+        """Let all workers that are there open a call; returns who did, with their stream widths.
 
         Raises: InputError of the first worker that refused; WorkerDiedError when all die.
         """
         self._open(call)
-        ready: set[int] = set()
+        ready: dict[int, int] = {}
         refusals: dict[int, InputError] = {}
         num_lost = 0
         deadline = time.monotonic() + self._timeout
-        while (silent := self.pids.keys() - ready - refusals.keys()) or not (ready or refusals):
+        while (silent := self.pids.keys() - ready.keys() - refusals.keys()) or not (
+            ready or refusals
+        ):
             event = self.next_event(max(0.0, deadline - time.monotonic()))
             if isinstance(event, WorkerReady):
-                ready.add(event.worker)
+                ready[event.worker] = event.stream_width or 0
                 continue
             if isinstance(event, WorkerLost) and event.refused is not None:
                 refusals[event.worker] = event.refused

@@ -16,6 +16,7 @@ import ray
 
 from streaminator.config import JobConfig
 from streaminator.pool import SLICE_SECONDS, OpenRun, WorkResult
+from streaminator.progress import Opened
 from streaminator.sequence import Prompt
 
 
@@ -61,14 +62,15 @@ class SamplerWorker(Worker):
         return Session(self._config, num_threads=self._num_threads)
 
     @ray.method
-    def open(self, run: OpenRun) -> str:
-        """Open the run; returns what memory it takes, in words."""
+    def open(self, run: OpenRun) -> Opened:
+        """Open the run; returns what the stream is like."""
         node_id = ray.get_runtime_context().get_node_id()
         return self._session.open(
             run.uri,
             worker_id=f"worker-{self._worker}",
             attempt=run.attempt,
             max_prompt_length=run.max_prompt_length,
+            max_in_flight=run.max_in_flight,
             node=f"{socket.gethostname()}/{node_id[:8]}",
         )
 

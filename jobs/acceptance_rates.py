@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.acceptance_report import COUNTS, draw_figure, summarize, write_table
-from jobs.study_output import describe, open_study, write_study
+from jobs.study_output import describe, open_study, with_width, write_study
 from streaminator.cli import main_program, resolve
 from streaminator.cli_args import parse
 from streaminator.config import JobConfig, SamplingParams, SpeculatorConfig
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     config, other = parse(argv, program=_PROGRAM, without=["cluster"], extra=_add)
     samplings = _samplings(config, other)
     _check(config)
-    config = resolve(config)
+    config = resolve(with_width(config))
     if other.dry_run:
         temperatures = [sampling.temperature for sampling in samplings]
         print(json.dumps({**config.flat(), "temperatures": temperatures}, indent=2))
@@ -272,7 +272,7 @@ def _run(
     waiting = iter(prompts)
     while True:
         # As a worker does: what is learned for all is learned from prompts before, not beside.
-        room = 2 * config.engine.stream_width - engine.scheduler.num_open_prompts
+        room = 2 * engine.stream_width - engine.scheduler.num_open_prompts
         for prompt in islice(waiting, room):
             engine.add(prompt)
         if not engine.has_work:

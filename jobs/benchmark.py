@@ -40,7 +40,7 @@ from jobs.engines.protocol import Draw, Load
 from jobs.engines.registry import DEFAULT, OWN, find_programs
 from jobs.json_out import check_json_out, write_json_out
 from jobs.random_model import SIZES, save_random_llama
-from jobs.study_output import versions
+from jobs.study_output import versions, width_of, with_width
 from streaminator.cli import main_program, resolve
 from streaminator.cli_args import parse
 from streaminator.config import JobConfig
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     if other.random_model != "none":
         # Random weights hardly ever end a text: all lengths are --max_length.
         config = replace(config, sampling=replace(config.sampling, ignore_eos=True))
-    config = resolve(config)
+    config = resolve(with_width(config))
     if other.dry_run:
         own = {name: vars(other)[name] for name in ("repeats", "random_model", "json_out")}
         print(json.dumps({**config.flat(), **own, "engines": names}, indent=2))
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     from streaminator.engine.model_runner import ModelRunner
 
     tokenizer = load_tokenizer(config.model)
-    widths = other.widths or [config.engine.stream_width]
+    widths = other.widths or [width_of(config)]
     prompts = list(load_prompts(config.data, tokenizer))
     results, named = [], config.model
     with tempfile.TemporaryDirectory(prefix="streaminator-benchmark-") as folder:
@@ -151,7 +151,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
         "--widths",
         type=_parse_widths,
         metavar="NUMBERS",
-        help="stream widths to compare at, with commas (default: --stream_width)",
+        help="stream widths to compare at, with commas (default: --stream_width, or 16)",
     )
     parser.add_argument("--json_out", metavar="FILE", help="file to write the last line to, too")
 
@@ -198,7 +198,7 @@ def _load(config: JobConfig, runner: "ModelRunner", prompts: Sequence["Prompt"])
         dtype=config.model.dtype,
         device=str(runner.device),
         num_threads=_num_threads(),
-        stream_width=config.engine.stream_width,
+        stream_width=width_of(config),
         max_prompt_length=max(len(prompt.token_ids) for prompt in prompts),
         end_token_ids=tuple(sorted(ends | set(config.sampling.stop_token_ids))),
         settings=config.flat(),

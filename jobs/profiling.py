@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.profiling_report import STATIC, WITH, WITHOUT, draw_figure, summarize, write_table
-from jobs.study_output import describe, open_study, write_study
+from jobs.study_output import describe, open_study, width_of, with_width, write_study
 from streaminator.cli import main_program, resolve
 from streaminator.cli_args import parse
 from streaminator.config import JobConfig
@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
     config, other = parse(argv, program=_PROGRAM, without=["cluster"])
     _check(config)
     num = config.data.num_samples or _NUM_PROMPTS
-    config = resolve(replace(config, data=replace(config.data, num_samples=num)))
+    config = replace(config, data=replace(config.data, num_samples=num))
+    config = resolve(with_width(config))
     if other.dry_run:
         print(json.dumps(config.flat(), indent=2))
         return 0
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="streaminator-profiling-") as folder:
         _draw(config, folder)
-        numbers = summarize(folder, stream_width=config.engine.stream_width)
+        numbers = summarize(folder, stream_width=width_of(config))
     own = ("wandb_project", *_OWN)
     result: dict[str, Any] = describe(config, without=own)
     result |= {"seconds": round(time.monotonic() - start), **numbers}

@@ -6,6 +6,7 @@ Used by: `jobs.acceptance_rates`, `jobs.profiling`, `jobs.benchmark`.
 
 import platform
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,16 @@ from streaminator.run_record import cpu_model
 # pyarrow and torch are imported late, so that --help and typos are answered at once.
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
+
+
+def width_of(config: JobConfig) -> int:
+    """A study's stream width: what the program would choose differs from machine to machine."""
+    return config.engine.stream_width or 16
+
+
+def with_width(config: JobConfig) -> JobConfig:
+    """The settings with the study's stream width in them."""
+    return replace(config, engine=replace(config.engine, stream_width=width_of(config)))
 
 
 def open_study(config: JobConfig, folder_name: str) -> tuple["FileSystem", str]:

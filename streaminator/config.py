@@ -5,6 +5,7 @@ Invariants
 - A default exists only here. No object is changed after it is built.
 - `tokens=True` marks a setting that may change a token; all others change speed or place only,
   so a run may be resumed with other values for them.
+- `auto=True` marks a number whose None is shown as "auto": the program chooses it.
 
 Used by: `streaminator.cli_args` (flags), `streaminator.run_record` (what a run recorded).
 """
@@ -20,8 +21,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 SPECULATORS = ("ngram", "memory")
 
 
-def _option(default: Any, help: str, *, tokens: bool = False, choices: tuple = ()) -> Any:
-    return field(default=default, metadata={"help": help, "tokens": tokens, "choices": choices})
+def _option(
+    default: Any, help: str, *, tokens: bool = False, choices: tuple = (), auto: bool = False
+) -> Any:
+    metadata = {"help": help, "tokens": tokens, "choices": choices, "auto": auto}
+    return field(default=default, metadata=metadata)
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -175,7 +179,12 @@ class DataConfig:
 class EngineConfig:
     """The stream: its width and its memory. Changes speed, never a token."""
 
-    stream_width: int = _option(16, "completions in flight at once (slots)")
+    stream_width: int | None = _option(
+        None,
+        "completions in flight at once (slots); auto, the default: each worker takes as many as raise "
+        "its tokens per second",
+        auto=True,
+    )
     kv_cache: bool = _option(True, "keep keys and values between steps")
     continuous_batching: bool = _option(True, "refill a slot the moment its completion ends")
     max_batched_tokens: int = _option(512, "most prompt tokens computed in one step (chunking)")
@@ -183,6 +192,7 @@ class EngineConfig:
         1,
         "completions of one prompt in flight at once: above 1, or auto, prompts take a second slot "
         "and more where slots would stay empty",
+        auto=True,
     )
     block_size: int = _option(16, "tokens per KV block")
     num_blocks: int | None = _option(None, "KV blocks; default: sized by width and free memory")
@@ -193,7 +203,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Raises: ConfigError naming the setting and the allowed range."""
-        _require(self.stream_width >= 1, "stream_width", self.stream_width, "1 or more")
+        _require(
+            self.stream_width is None or self.stream_width >= 1,
+            "stream_width",
+            self.stream_width,
+            "1 or more, or auto",
+        )
         _require(
             self.max_batched_tokens >= 1, "max_batched_tokens", self.max_batched_tokens, "1 or more"
         )
@@ -293,6 +308,7 @@ class ClusterConfig:
     num_workers: int | None = _option(
         None,
         "workers; 0 runs in this process without Ray; auto, the default: one per GPU, else 1",
+        auto=True,
     )
     address: str | None = _option(None, "address of a running Ray; default: start a local one")
     gpus_per_worker: float | None = _option(
@@ -415,6 +431,12 @@ class JobConfig:
             value = getattr(getattr(self, group), setting.name)
             result[setting.name] = list(value) if isinstance(value, tuple) else value
         return result
+
+    def shown(self) -> dict[str, Any]:
+        """As `flat`, with "auto" in words, for people."""
+        is_auto = {setting.name for _, setting in settings() if setting.metadata["auto"]}
+        flat = self.flat()
+        return flat | {name: "auto" for name in is_auto if flat[name] is None}
 
 
 _GROUPS: dict[str, Any] = {

@@ -13,9 +13,9 @@ Invariants
   of one that is. A fenced worker can go on writing where nobody looks.
 - A prompt belongs to the worker that a stable hash of its id names; others take it while it is not
   started and they have nothing else.
-- Bounded: a worker holds at most `2 * stream_width` open prompts, the queues together
-  `_LOOKAHEAD` of these windows per worker; the dataset is read as the queues run low. Here prompts
-  are kept packed.
+- Bounded: a worker holds at most twice its stream width in open prompts, the queues together
+  `_LOOKAHEAD` of these windows; the dataset is read as the queues run low. Here prompts are kept
+  packed.
 - Nothing waits for a worker that is not there, and no worker for the queues to be full.
 - An event costs no look at every worker.
 
@@ -27,21 +27,24 @@ import pickle
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
 from streaminator.data.finished import stable_hash
 from streaminator.errors import WorkerDiedError
-from streaminator.pool import Event, Part, WorkerLost, WorkerReported, Workers
+from streaminator.pool import Event, Part, WorkerLost, WorkerReady, WorkerReported, Workers
 from streaminator.progress import Report
 from streaminator.sequence import Prompt
 
 _LOOKAHEAD = 0.5
 """Windows of prompts that wait here for each worker: enough for 19 of 20 to find their home."""
+_UNTIL_TOLD = 16
+"""Stream width of a worker that has not told it."""
 _READ_AT_ONCE = 64
-"""Prompts read between two looks at the events: reading and tokenising takes 0.4 ms each."""
+"""Prompts read between two looks at the events, or a stream's width if that is more: reading and
+tokenising takes 0.4 ms each."""
 _DEATHS_IN_COMPANY = 2
 """Deaths of its worker after which a prompt runs alone."""
 _DEATHS_ALONE = 2
@@ -105,6 +108,7 @@ class Output(Protocol):
 
 @dataclass(slots=True)
 class _Worker:
+    width: int
     works: dict[str, Work] = field(default_factory=dict)
     is_ready: bool = False
     is_busy: bool = False
@@ -121,6 +125,11 @@ class _Worker:
     speed: float = 1.0
     """Steps a second."""
 
+    @property
+    def window(self) -> int:
+        """Most open prompts."""
+        return 2 * self.width
+
 
 class Dispatcher:
     """Hands out prompts until every completion is published."""
@@ -131,25 +140,23 @@ class Dispatcher:
         source: Iterator[Work],
         output: Output,
         *,
-        stream_width: int,
+        stream_width: int | None,
         worker_timeout: float,
-        ready: Iterable[int] = (),
+        ready: Mapping[int, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Args beside the parts:
-        stream_width: completions in flight on a worker.
+        stream_width: completions in flight on a worker; None: each tells its own.
         worker_timeout: seconds without a report after which a worker counts as hung.
-        ready: workers that have told so already.
+        ready: workers that have told so already, with their stream widths.
         """
         self._pool = pool
         self._source: Iterator[Work] | None = source
         self._output = output
-        self._width = stream_width
-        self._window = 2 * stream_width
-        self._queue_room = _LOOKAHEAD * self._window * pool.num_workers
         self._timeout = worker_timeout
         self._clock = clock
-        self._workers = [_Worker() for _ in range(pool.num_workers)]
+        self._workers = [_Worker(stream_width or _UNTIL_TOLD) for _ in range(pool.num_workers)]
+        self._queue_room = _LOOKAHEAD * sum(worker.window for worker in self._workers)
         self._queues: list[deque[Work]] = [deque() for _ in self._workers]
         self._num_queued = 0
         self._loose: deque[Work] = deque()
@@ -161,11 +168,12 @@ class Dispatcher:
         self._num_open = 0
         self._speed = 0.0
         """Open prompts and speeds of the workers that are there and not alone, summed up."""
-        self._waiting = set(ready)
+        self._read_at_once = max(_READ_AT_ONCE, self._workers[0].width)
+        self._waiting: set[int] = set()
         """Workers that are ready and not busy."""
-        for index in self._waiting:
+        for index, width in (ready or {}).items():
             with self._recount(index):
-                self._workers[index].is_ready = True
+                self._take_up(WorkerReady(index, width))
         self._soonest = math.inf
         """No deadline is before it."""
 
@@ -186,8 +194,9 @@ class Dispatcher:
                 if report is not None:
                     yield report
                 # Nobody waits for the others, until the dataset is out: then all that have something
-                # to say are heard first, and what is left is shared out among them.
-                if self._source is not None:
+                # to say are heard first, and what is left is shared out among them. For a new one
+                # there may have to be read first.
+                if self._source is not None and not isinstance(event, WorkerReady):
                     self._hand_out(self._waiting & {event.worker})
                 num_heard += 1
                 event = self._pool.next_event(0.0)
@@ -199,9 +208,17 @@ class Dispatcher:
             return self._take_in(event)
         if isinstance(event, WorkerLost):
             return self._lose(event)
-        self._workers[event.worker].is_ready = True
-        self._waiting.add(event.worker)
+        self._take_up(event)
         return None
+
+    def _take_up(self, event: WorkerReady) -> None:
+        worker = self._workers[event.worker]
+        worker.is_ready = True
+        self._waiting.add(event.worker)
+        self._queue_room -= _LOOKAHEAD * worker.window
+        worker.width = event.stream_width or worker.width
+        self._read_at_once = max(self._read_at_once, worker.width)
+        self._queue_room += _LOOKAHEAD * worker.window
 
     @property
     def _has_more(self) -> bool:
@@ -239,7 +256,7 @@ class Dispatcher:
 
     def _read_on(self) -> None:
         """Read some of the dataset, while there is room in the queues."""
-        for _ in range(_READ_AT_ONCE):
+        for _ in range(self._read_at_once):
             if not self._has_room:
                 return
             assert self._source is not None
@@ -281,7 +298,7 @@ class Dispatcher:
         worker = self._workers[index]
         has_more = self._has_more and not worker.is_alone
         # Never more than it has: it would come back after every step.
-        min_open = min(self._window - self._width // 2, worker.num_open) if has_more else 0
+        min_open = min(worker.window - worker.width // 2, worker.num_open) if has_more else 0
         # Not of one that is given some: they would go from hand to hand and no step be made.
         may_release = not (has_more or prompts or self._suspects)
         num_to_release = self._num_to_release(worker, idle_speed) if may_release else 0
@@ -299,7 +316,7 @@ class Dispatcher:
         if worker.is_alone:
             return []
         taken: list[Work] = []
-        room = self._window - worker.num_open
+        room = worker.window - worker.num_open
         if self._source is None:
             share = math.ceil(self._share_per_speed * worker.speed - 1e-6)  # the sums are rounded
             room = min(room, max(share, int(not worker.works)) - worker.num_open)
@@ -385,7 +402,9 @@ class Dispatcher:
         self._waiting.discard(index)
         self._output.record(kind, worker=index, detail=event.why)
         num_deaths = before.num_deaths_in_a_row + (not before.is_alone)
-        after = self._workers[index] = _Worker(speed=before.speed, num_deaths_in_a_row=num_deaths)
+        after = self._workers[index] = _Worker(
+            before.width, speed=before.speed, num_deaths_in_a_row=num_deaths
+        )
         for work in before.works.values():
             work.num_retries += 1
             self._pass_on(work, index, event, was_alone=before.is_alone)

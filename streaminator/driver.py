@@ -38,6 +38,7 @@ from streaminator.run_record import (
     check_run,
     find_earlier_run,
     open_run,
+    record_workers,
     resolve_run_id,
     tokenizer_fingerprint,
 )
@@ -162,24 +163,46 @@ def _draw(
     output = RunOutput(config, run, _say)
     finished = Finished(run.uri, config.data.num_completions)
     num_total = dataset.num_prompts * config.data.num_completions
-    _announce(run, finished.num_completions, num_total)
-    width = config.engine.stream_width
+    num_done = finished.num_completions
+    _announce(run, num_done, num_total)
     dispatcher = Dispatcher(
         pool,
         _left_to_draw(config, tokenizer, finished, earlier),
         output,
-        stream_width=width,
+        stream_width=config.engine.stream_width,
         worker_timeout=config.cluster.worker_timeout,
     )
     with (
         _closing(pool, output),
-        Progress(num_total, finished.num_completions, width * pool.num_workers) as progress,
+        Progress(num_total, num_done, pool.num_workers) as progress,
     ):
-        pool.open(OpenRun(uri=run.uri, attempt=run.attempt, max_prompt_length=dataset.longest))
+        pool.open(
+            OpenRun(
+                uri=run.uri,
+                attempt=run.attempt,
+                max_prompt_length=dataset.longest,
+                max_in_flight=_max_in_flight(
+                    config, dataset, pool.num_workers, num_total - num_done
+                ),
+            )
+        )
+        num_recorded = 0
         for report in dispatcher.run():
             progress.update(report)
             if log is not None:
                 log.log(report)
+            if len(pool.opened) >= max(2 * num_recorded, 1):  # not anew for each of a thousand
+                num_recorded = len(pool.opened)
+                record_workers(run, pool.opened)
+        record_workers(run, pool.opened)
+
+
+def _max_in_flight(config: JobConfig, dataset: _Dataset, num_workers: int, num_left: int) -> int:
+    """Completions of a worker that can be in flight at once, with its share of the prompts."""
+    num_prompts = -(-dataset.num_prompts // num_workers)
+    num_each = config.data.num_completions
+    num_each = min(config.engine.in_flight_per_prompt or num_each, num_each)
+    return min(num_prompts * num_each, num_left)
 
 
 def _left_to_draw(
@@ -247,4 +270,4 @@ def _sigterm_raises() -> Iterator[None]:
 
 def dry_run(config: JobConfig) -> str:
     """The resolved settings as JSON."""
-    return json.dumps({"run_id": resolve_run_id(config), **config.flat()}, indent=2)
+    return json.dumps({"run_id": resolve_run_id(config), **config.shown()}, indent=2)

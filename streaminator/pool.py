@@ -5,13 +5,13 @@ Used by: `driver`, `dispatch`, `session`, `sampler_pool`; `actors.pool` is the s
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from streaminator.config import JobConfig
 from streaminator.errors import InputError
-from streaminator.progress import Report
+from streaminator.progress import Opened, Report
 from streaminator.sequence import Prompt
 
 SLICE_SECONDS = 1.0
@@ -25,6 +25,8 @@ class OpenRun:
     uri: str
     attempt: int
     max_prompt_length: int
+    max_in_flight: int
+    """Completions of a worker that can be in flight at once, with its share of the prompts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,8 @@ class WorkerReady:
     """A worker, a new one or a replacement, has opened the run and can be given prompts."""
 
     worker: int
+    stream_width: int | None = None
+    """Completions in flight on it; None: as many as it was told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,11 @@ class Pool(Workers, Protocol):
         """The devices of the workers that are there."""
         ...
 
+    @property
+    def opened(self) -> Mapping[int, Opened]:
+        """What the workers told when they opened the run; of one that was replaced, the newest."""
+        ...
+
     def open(self, run: OpenRun) -> None:
         """Let every worker open the run as soon as it is there; each is reported as ready."""
         ...
@@ -180,9 +189,9 @@ class OneWorker:
         """Nothing to let go of."""
 
 
-def say_memory(memory: str) -> None:
-    """Tell what a worker takes, before it begins."""
-    sys.stderr.write(f"memory of a worker: {memory}\n")
+def say_opened(opened: Opened) -> None:
+    """Tell what a worker's stream is and takes, before it begins."""
+    sys.stderr.write(f"a worker: stream width {opened.stream_width}; {opened.memory}\n")
 
 
 class LocalPool(OneWorker):
@@ -194,6 +203,7 @@ class LocalPool(OneWorker):
         from streaminator.session import Session
 
         self._session = Session(config)
+        self.opened: dict[int, Opened] = {}
         super().__init__(self._session)
 
     @property
@@ -203,14 +213,16 @@ class LocalPool(OneWorker):
 
     def open(self, run: OpenRun) -> None:
         """Open the run."""
-        memory = self._session.open(
+        opened = self._session.open(
             run.uri,
             worker_id="worker-0",
             attempt=run.attempt,
             max_prompt_length=run.max_prompt_length,
+            max_in_flight=run.max_in_flight,
         )
-        say_memory(memory)
-        self._events = [WorkerReady(0)]
+        say_opened(opened)
+        self.opened[0] = opened
+        self._events = [WorkerReady(0, opened.stream_width)]
 
     def close(self) -> Iterator[WorkResult]:
         """Write out what is finished."""

@@ -5,7 +5,8 @@ Invariants
 - Everything goes to stderr; stdout stays free for results.
 - rich is imported only for a terminal.
 
-Used by: the driver (`Progress`), the workers (`Report`), `streaminator.wandb_log` (`Report`).
+Used by: the driver (`Progress`), the workers (`Opened`, `Report`), `run_record` (`Opened`),
+`streaminator.wandb_log` (`Report`).
 """
 
 import sys
@@ -16,6 +17,17 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """What a worker tells of its stream when it has opened a run."""
+
+    stream_width: int
+    memory: str = ""
+    """What it takes, in words."""
+    layers: str = ""
+    """Whether the model's layers run fused, in words; "" where nothing fuses them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +73,13 @@ class Progress:
         self,
         total_completions: int,
         done_already: int,
-        stream_width_total: int,
+        num_workers: int,
         *,
         seconds_per_line: float = 5.0,
     ) -> None:
         self._total = total_completions
         self._done_already = done_already
-        self._stream_width_total = stream_width_total
+        self._num_workers = num_workers
         self._seconds_per_line = seconds_per_line
         self._sum = Report()
         self._started = self._last_line = time.monotonic()
@@ -112,8 +124,8 @@ class Progress:
             parts.append(f"acceptance {self._sum.acceptance_rate:.0%}")
         utilization = self._sum.stream_utilization
         if utilization is not None:
-            running = utilization * self._stream_width_total
-            parts.append(f"stream {utilization:.0%} ({running:.1f}/{self._stream_width_total})")
+            width = self._num_workers * self._sum.num_slots_sum / self._sum.num_steps
+            parts.append(f"stream {utilization:.0%} ({utilization * width:.1f}/{width:.0f})")
         if self._sum.num_failed:
             parts.append(f"{self._sum.num_failed:,} failed")
         num_left = self._total - self._num_done

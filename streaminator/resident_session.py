@@ -24,7 +24,7 @@ from streaminator.engine.checkpoint import load_tokenizer, read_weights
 from streaminator.engine.engine import Engine
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.weights import PackedWeights, copy_weights
-from streaminator.progress import Report
+from streaminator.progress import Opened, Report
 from streaminator.sequence import Completion, FinishReason, Prompt
 from streaminator.session import Part, WorkResult, step_or_narrow, threads_for
 
@@ -55,8 +55,10 @@ class ResidentSession:
         """The accelerator's name, or "cpu"."""
         return self._runner.device_name
 
-    def open(self, *, seed: int, max_prompt_length: int) -> None:
+    def open(self, *, seed: int, max_prompt_length: int) -> Opened:
         """Begin a call; what an earlier one left undone is forgotten.
+
+        A width that the stream chooses is for calls of any size, and stays.
 
         Args:
             seed: of the call's sampling noise.
@@ -66,7 +68,7 @@ class ResidentSession:
         """
         if self._engine is not None and not self._engine.has_work:
             self._engine.restart(seed=seed, max_prompt_length=max_prompt_length)
-            return
+            return Opened(stream_width=self._engine.stream_width)
         self._engine = None  # before there is a second KV cache
         with self._threads():
             self._engine = Engine(
@@ -78,6 +80,7 @@ class ResidentSession:
                 max_prompt_length=max_prompt_length,
                 num_kept_prompts=NUM_KEPT_PROMPTS,
             )
+        return Opened(stream_width=self._engine.stream_width)
 
     def update_weights(self, weights: object) -> None:
         """Load a state dict, or a checkpoint by its folder or name, into the model.

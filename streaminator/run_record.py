@@ -18,7 +18,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -40,6 +40,7 @@ from streaminator.data.files import (
     write_whole,
 )
 from streaminator.errors import ConfigError, OutputError, RunMismatchError
+from streaminator.progress import Opened
 
 _PACKAGES = ("torch", "transformers", "ray", "datasets", "pyarrow", "duckdb")
 _ROW_SETTINGS = {"metadata_columns", "grader"}
@@ -62,7 +63,8 @@ class RunRecord:
     """`revision` and `is_dirty` of the git checkout; empty if it is not one."""
     hardware: dict[str, Any]
     attempts: list[dict[str, Any]] = field(default_factory=list)
-    """Per attempt, the first included: number, time, command, settings that may differ."""
+    """Per attempt, the first included: number, time, command, settings that may differ, and what its
+    workers are like (stream width, memory, layers)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,15 +129,27 @@ def open_run(
         )
     number = len(record.attempts) + 1
     record = replace(record, attempts=[*record.attempts, {"attempt": number, **attempt}])
+    _write(filesystem, path, record)
+    return Run(
+        run_id=run_id, uri=uri, filesystem=filesystem, path=path, attempt=number, record=record
+    )
+
+
+def record_workers(run: Run, opened: Mapping[int, Opened]) -> None:
+    """Write down what the workers of this attempt are like. Raises: OutputError."""
+    *before, attempt = run.record.attempts
+    workers = {f"worker-{index}": asdict(opened[index]) for index in sorted(opened)}
+    record = replace(run.record, attempts=[*before, attempt | {"workers": workers}])
+    _write(run.filesystem, run.path, record)
+
+
+def _write(filesystem: pafs.FileSystem, path: str, record: RunRecord) -> None:
     try:
         filesystem.create_dir(path, recursive=True)
         text = json.dumps(asdict(record), indent=2) + "\n"
         write_whole(filesystem, f"{path}/run.json", text.encode())
     except OSError as error:
         raise OutputError(f"{path}/run.json: cannot be written: {reason(error)}") from error
-    return Run(
-        run_id=run_id, uri=uri, filesystem=filesystem, path=path, attempt=number, record=record
-    )
 
 
 def check_run(

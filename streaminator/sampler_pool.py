@@ -44,8 +44,9 @@ _log = logging.getLogger("streaminator")
 class ResidentWorkers(Workers, Protocol):
     """Workers that keep their model and their speculators from call to call."""
 
-    def begin(self, *, seed: int, max_prompt_length: int) -> Iterable[int]:
-        """Begin a call, see `ResidentSession.open`; returns the workers that are there.
+    def begin(self, *, seed: int, max_prompt_length: int) -> Mapping[int, int]:
+        """Begin a call, see `ResidentSession.open`; returns the workers that are there, with their
+        stream widths.
 
         Raises: InputError of a worker; WorkerDiedError when none is left.
         """
@@ -64,11 +65,11 @@ class LocalWorkers(OneWorker):
         self._session = ResidentSession(config)
         super().__init__(self._session)
 
-    def begin(self, *, seed: int, max_prompt_length: int) -> Iterable[int]:
+    def begin(self, *, seed: int, max_prompt_length: int) -> Mapping[int, int]:
         """Begin a call."""
         self._submitted = None  # of a call that was broken off
-        self._session.open(seed=seed, max_prompt_length=max_prompt_length)
-        return (0,)
+        opened = self._session.open(seed=seed, max_prompt_length=max_prompt_length)
+        return {0: opened.stream_width}
 
     def update_weights(self, weights: object) -> None:
         """Load other weights."""

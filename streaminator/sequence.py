@@ -220,6 +220,8 @@ class StepStats:
     """Seconds since the epoch, at the end of the step."""
     num_running: int
     """Slots in use."""
+    stream_width: int
+    """Slots."""
     num_prefill_tokens: int
     """Prompt (or recomputed) tokens whose keys and values were computed."""
     num_decode_tokens: int

@@ -34,7 +34,7 @@ from streaminator.engine.model_runner import ModelRunner
 from streaminator.errors import DeviceError, first_line
 from streaminator.grading import Grade, is_settled, make_grader
 from streaminator.pool import Part, WorkResult
-from streaminator.progress import Report
+from streaminator.progress import Opened, Report
 from streaminator.sequence import Completion, Distributions, FinishReason, Prompt, not_drawn
 from streaminator.step_trace import StepTrace
 
@@ -84,15 +84,17 @@ class Session:
         worker_id: str,
         attempt: int,
         max_prompt_length: int,
+        max_in_flight: int | None = None,
         node: str | None = None,
-    ) -> str:
-        """Set up the stream and the part files of a run; returns what memory it takes, in words.
+    ) -> Opened:
+        """Set up the stream and the part files of a run; returns what the stream is like.
 
         Args:
             run_uri: the run's folder, an absolute path or a URI.
             worker_id: this worker's name in the output.
             attempt: the run's attempt, from 1.
             max_prompt_length: tokens of the longest prompt to come.
+            max_in_flight: completions that can be in flight at once at most, if that is known.
             node: the machine's name in the output; default: its host name.
 
         Raises: ConfigError when the KV cache does not fit; OutputError.
@@ -105,6 +107,7 @@ class Session:
             engine=config.engine,
             speculator=config.speculator,
             max_prompt_length=max_prompt_length,
+            max_in_flight=max_in_flight,
         )
         self._worker_id = worker_id
         self._attempt = attempt
@@ -135,7 +138,11 @@ class Session:
         if config.run.profile:
             uri = join_uri(run_uri, "profile", f"{writer_id}.json.gz")
             self._trace = StepTrace(uri, self._runner.device)
-        return self.engine.memory
+        return Opened(
+            stream_width=self.engine.stream_width,
+            memory=self.engine.memory,
+            layers=self._runner.layers,
+        )
 
     def work(
         self,
@@ -313,7 +320,7 @@ class Session:
             num_accepted_tokens=stats.num_accepted_tokens,
             num_steps=1,
             num_running_slots_sum=stats.num_running,
-            num_slots_sum=self._config.engine.stream_width,
+            num_slots_sum=stats.stream_width,
             device_memory=stats.device_memory,
         )
 

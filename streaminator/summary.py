@@ -78,19 +78,22 @@ _WALL_SQL = f"""
             UNION ALL
             SELECT attempt_id, epoch(time) - ({_STEP_SECONDS}), epoch(time) FROM steps)
         GROUP BY attempt)"""
-_UTILIZATION_SQL = """
-    SELECT avg(num_running / width) FROM steps
-    JOIN (SELECT unnest($attempts) AS attempt_id, unnest($widths) AS width) USING (attempt_id)"""
+# Steps of earlier versions do not tell their stream's width: it was as the attempt's settings say.
+_WIDE_STEPS_SQL = """
+    (SELECT * REPLACE (coalesce(stream_width, width) AS stream_width) FROM steps
+     LEFT JOIN (SELECT unnest($attempts) AS attempt_id, unnest($widths) AS width) USING (attempt_id))"""
+_WIDTHS_SQL = f"""
+    SELECT DISTINCT stream_width FROM {_WIDE_STEPS_SQL} WHERE stream_width > 0 ORDER BY 1"""
+_UTILIZATION_SQL = f"SELECT avg(num_running / stream_width) FROM {_WIDE_STEPS_SQL}"
 # Of the forward, the prompts' part by tokens; of the rest, what full slots would not have needed.
 _BOUNDS_SQL = f"""
     SELECT sum(seconds_forward * prefill) / sum(seconds),
            sum(seconds_forward * (1 - prefill) * (1 - running)) / sum(seconds) FROM (
-        SELECT {_STEP_SECONDS} AS seconds, seconds_forward, least(num_running / width, 1) AS running,
+        SELECT {_STEP_SECONDS} AS seconds, seconds_forward,
+               least(num_running / stream_width, 1) AS running,
                num_prefill_tokens / nullif(num_prefill_tokens + num_decode_tokens
                                            + num_draft_tokens, 0) AS prefill
-        FROM steps
-        JOIN (SELECT unnest($attempts) AS attempt_id, unnest($widths) AS width)
-        USING (attempt_id))"""
+        FROM {_WIDE_STEPS_SQL})"""
 _PHASES_SQL = f"""
     SELECT {", ".join(f"sum(seconds_{p}) / nullif(sum({_STEP_SECONDS}), 0)" for p in PHASES)}
     FROM steps"""
@@ -159,6 +162,8 @@ class Summary:
     generations: list[Generation]
     calibration: list[Calibration]
     """Of the drafts whose chance of acceptance the speculator stated."""
+    stream_widths: list[int]
+    """Slots of the streams, rising: workers may differ, and attempts, and memory may have run out."""
     stream_utilization: float | None
     """Mean of running slots / stream width over all steps."""
     phase_shares: dict[str, float]
@@ -231,8 +236,11 @@ def _view(
     is_local = isinstance(filesystem, pafs.LocalFileSystem)
     if parts and is_local and not any(set(part) & set("*?[") for part in parts):
         files = ", ".join("'" + part.replace("'", "''") + "'" for part in parts)
+        # Earlier versions' parts lack columns.
+        connection.register(f"no_{name}", schema.empty_table())
         connection.execute(
-            f"CREATE VIEW {name} AS FROM read_parquet([{files}], hive_partitioning = false)"
+            f"CREATE VIEW {name} AS FROM no_{name} UNION ALL BY NAME FROM "
+            f"read_parquet([{files}], hive_partitioning = false, union_by_name = true)"
         )
     elif parts:
         # Late: it brings pandas, 45 MB that the driver does not need while it draws.
@@ -251,9 +259,10 @@ def _compute(connection: "DuckDBPyConnection", path: str, record: RunRecord | No
     *generations, total = connection.execute(_GENERATIONS_SQL).fetchall()
     num_settled, num_settled_prompts, tokens_saved = row(_SETTLED_SQL)
     (wall,) = row(_WALL_SQL)
-    widths = _stream_widths(record)
+    widths = _widths_set(record)
     per_attempt = {"attempts": list(widths), "widths": list(widths.values())}
     (utilization,) = row(_UTILIZATION_SQL, per_attempt)
+    used = connection.execute(_WIDTHS_SQL, per_attempt).fetchall()
     prefill, tail = row(_BOUNDS_SQL, per_attempt)
     shares: dict[str, float | None] = dict(zip(PHASES, row(_PHASES_SQL), strict=True))
     pass_at_k, majority_at_k = _at_k(connection.execute(_GRADED_SQL).fetchall())
@@ -290,6 +299,7 @@ def _compute(connection: "DuckDBPyConnection", path: str, record: RunRecord | No
             Calibration(from_chance=tenth / 10, num_drafted=drafted, num_accepted=accepted)
             for tenth, drafted, accepted in connection.execute(_CALIBRATION_SQL).fetchall()
         ],
+        stream_widths=[width for (width,) in used],
         stream_utilization=utilization,
         phase_shares={name: share for name, share in shares.items() if share is not None},
         bound_shares=_bounds(shares, prefill, tail),
@@ -306,9 +316,10 @@ def _bounds(
     return {"decode": decode, "prefill": prefill, "tail": tail, "overhead": 1 - forward}
 
 
-def _stream_widths(record: RunRecord | None) -> dict[int, int]:
+def _widths_set(record: RunRecord | None) -> dict[int, int]:
+    """By attempt; 0 where it was left to the program."""
     attempts = record.attempts if record else []
-    return {attempt["attempt"]: attempt["settings"].get("stream_width", 0) for attempt in attempts}
+    return {a["attempt"]: a["settings"].get("stream_width") or 0 for a in attempts}
 
 
 def _at_k(graded: list[tuple[list[str | None], list[bool], int, int]]) -> tuple[dict, dict]:

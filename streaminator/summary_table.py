@@ -52,6 +52,7 @@ def render(summary: Summary) -> str:
             )
             for i, c in enumerate(s.calibration)
         ),
+        ("stream width", " to ".join(str(w) for w in _ends(s.stream_widths)) or "-"),
         ("stream utilization", _number(s.stream_utilization, ".1%")),
         ("step time", ", ".join(f"{k} {v:.1%}" for k, v in s.phase_shares.items()) or "-"),
         *_bottleneck_lines(s),
@@ -85,6 +86,10 @@ def _bottleneck_lines(s: Summary) -> list[tuple[str, str]]:
     others = ", ".join(f"{k} {v:.0%}" for k, v in s.bound_shares.items() if k != largest)
     share = f"{s.bound_shares[largest]:.0%} of the step time"
     return [("bottleneck", f"{largest}, {share} ({_REMEDIES[largest]}); {others}")]
+
+
+def _ends(values: list[int]) -> list[int]:
+    return values if len(values) < 2 else [values[0], values[-1]]
 
 
 def _number(value: float | None, form: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from jobs.simulated_pool import SimulatedPool
 from jobs.simulated_streams import Row, Streams
 from streaminator.dispatch import Dispatcher, Work
-from streaminator.pool import Part
+from streaminator.pool import Part, WorkerReady
 from streaminator.sequence import Prompt
 
 
@@ -20,6 +20,7 @@ class FakePool(SimulatedPool):
         num_workers: int,
         *,
         width: int = 4,
+        widths: dict[int, int] | None = None,
         speeds: dict[int, float] | None = None,
         joins_at: dict[int, float] | None = None,
         restarts_after: float = 5.0,
@@ -27,6 +28,8 @@ class FakePool(SimulatedPool):
         steps_of: Callable[[str, int], int] = lambda name, index: 10,
     ) -> None:
         self.width = width
+        self._widths = widths
+        self.most_open = [0] * num_workers
         self.source: Source | None = None
         streams = Streams(
             width,
@@ -45,7 +48,14 @@ class FakePool(SimulatedPool):
     def submit(self, worker, prompts, min_open_prompts, num_to_release):
         num_open = len(self._streams.held(worker)) + len(prompts)
         assert min_open_prompts <= num_open, "it would come back after every step"
+        self.most_open[worker] = max(self.most_open[worker], num_open)
         super().submit(worker, prompts, min_open_prompts, num_to_release)
+
+    def next_event(self, timeout):
+        event = super().next_event(timeout)
+        if isinstance(event, WorkerReady) and self._widths:
+            return WorkerReady(event.worker, self._widths[event.worker])
+        return event
 
 
 class FakeOutput:
@@ -103,7 +113,7 @@ def dispatch(
         pool,
         iter(source),
         output,
-        stream_width=pool.width,
+        stream_width=None if pool._widths else pool.width,
         worker_timeout=worker_timeout,
         clock=lambda: pool.now,
     )

@@ -182,7 +182,7 @@ def make_engine(
         runner,
         tokenizer,
         sampling=sampling or SamplingParams(),
-        engine=engine or EngineConfig(),
+        engine=engine or EngineConfig(stream_width=16),
         speculator=speculator or SpeculatorConfig(speculator="ngram"),
         max_prompt_length=max_prompt_length,
         step_costs=step_costs or StepCosts.free(),

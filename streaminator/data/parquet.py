@@ -108,6 +108,7 @@ STEPS = _schema(
     ("step", pa.int64(), "index of the step in its worker and attempt, from 0"),
     ("time", _TIMESTAMP, "end of the step"),
     ("num_running", pa.int32(), "slots in use"),
+    ("stream_width", pa.int32(), "slots"),
     ("num_prefill_tokens", pa.int32(), "prompt tokens computed"),
     ("num_decode_tokens", pa.int32(), "completions for which a token was drawn"),
     ("num_draft_tokens", pa.int32(), "tokens drafted"),

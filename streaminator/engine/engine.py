@@ -38,6 +38,7 @@ from streaminator.engine.scheduler import Scheduler
 from streaminator.engine.speculation import Speculation
 from streaminator.engine.step_costs import measure_step_costs
 from streaminator.engine.stopping import StopChecker
+from streaminator.engine.stream_width import find_stream_width
 from streaminator.sequence import (
     Completion,
     FinishReason,
@@ -65,10 +66,11 @@ class Engine:
         engine: EngineConfig,
         speculator: SpeculatorConfig,
         max_prompt_length: int = 512,
+        max_in_flight: int | None = None,
         step_costs: StepCosts | None = None,
         num_kept_prompts: int = 0,
     ) -> None:
-        """Wire the parts, allocate the KV cache and measure what steps cost.
+        """Wire the parts, measure what steps cost and allocate the KV cache.
 
         Args:
             runner: the loaded model.
@@ -77,6 +79,7 @@ class Engine:
             engine: stream width, cache, batching.
             speculator: what drafts are made of.
             max_prompt_length: prompt tokens to size the cache for; longer ones still run.
+            max_in_flight: completions that can be in flight at once at most, if that is known.
             step_costs: what the draft budget counts with; None: measured.
             num_kept_prompts: finished prompts whose speculators stay, for when they come again.
         """
@@ -84,12 +87,26 @@ class Engine:
         runner.pack_weights(engine.block_size)
         self._sampling = sampling
         self._stopping = StopChecker(sampling, runner.eos_token_ids, tokenizer)
-        self._config = engine
         self._max_length = self._total_length(max_prompt_length)
-        cache = runner.make_cache(engine, self._max_length)
         self._speculation = Speculation(
             speculator, is_greedy=sampling.temperature == 0, num_kept_prompts=num_kept_prompts
         )
+        num_top = self._speculation.num_top
+        plain = None
+        self.stream_width = engine.stream_width or 0
+        """Slots, as given or chosen."""
+        if engine.stream_width is None:
+            self.stream_width, plain = find_stream_width(
+                runner,
+                engine,
+                sampling,
+                max_prompt_length=max_prompt_length,
+                max_in_flight=max_in_flight,
+                num_top=num_top,
+            )
+            engine = replace(engine, stream_width=self.stream_width)
+        self._config = engine
+        cache = runner.make_cache(engine, self._max_length)
         if self._speculation.has_budget:
             self._speculation.budget = DraftBudget(
                 step_costs
@@ -97,18 +114,19 @@ class Engine:
                     runner,
                     cache,
                     sampling,
-                    stream_width=engine.stream_width,
+                    stream_width=self.stream_width,
                     max_draft=speculator.max_draft,
-                    num_top=self._speculation.num_top,
+                    num_top=num_top,
+                    plain=plain,
                 )
             )
         self.scheduler = Scheduler(
             BlockManager(cache.num_blocks, cache.block_size),
-            stream_width=engine.stream_width,
+            stream_width=self.stream_width,
             max_batched_tokens=engine.max_batched_tokens,
             kv_cache=engine.kv_cache,
             continuous_batching=engine.continuous_batching,
-            in_flight_per_prompt=engine.in_flight_per_prompt or engine.stream_width,
+            in_flight_per_prompt=engine.in_flight_per_prompt or self.stream_width,
             start=self._start,
         )
         self._cache = cache
@@ -200,6 +218,7 @@ class Engine:
         self.last_step = StepStats(
             time=time.time(),
             num_running=running,
+            stream_width=self.scheduler.stream_width,
             num_prefill_tokens=batch.num_tokens - len(tokens),
             num_decode_tokens=len(decoded),
             num_draft_tokens=sum(sequence.drafted[-1] for sequence in decoded),

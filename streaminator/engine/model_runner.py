@@ -146,7 +146,7 @@ class ModelRunner:
                 dtype=self.dtype,
                 device=self.device,
             )
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError, OverflowError) as error:
             raise ConfigError(
                 f"--num_blocks {num_blocks}: the KV cache would take "
                 f"{num_blocks * per_block / 2**20:.0f} MiB, more than there is; give fewer"
@@ -158,17 +158,31 @@ class ModelRunner:
             return config.num_blocks
         per_block = bytes_per_block(self.shapes, config.block_size, self.dtype)
         per_sequence = -(-max_length // config.block_size) + 1
+        assert config.stream_width is not None
         # A full stream, and the prompts of as many idle ones.
         wanted = 2 * config.stream_width * per_sequence + 1
+        room = self._room(config)
         if config.kv_memory is None:
-            return max(per_sequence + 1, min(wanted, _free_bytes(self.device) // per_block))
-        room = int(config.kv_memory * 2**30) // per_block
+            return max(per_sequence + 1, min(wanted, room))
         if room < per_sequence + 1:
             raise ConfigError(
                 f"--kv_memory {config.kv_memory:g}: one completion ({max_length} tokens with its prompt) "
                 f"needs {(per_sequence + 1) * per_block / 2**30:.2g} GiB; give as much, or lower --max_length"
             )
         return min(wanted, room)
+
+    def num_fitting(self, config: EngineConfig, length: int) -> int:
+        """Sequences of `length` tokens whose keys and values fit into the memory that is free now."""
+        return (self._room(config) - 1) // -(-length // config.block_size)
+
+    def _room(self, config: EngineConfig) -> int:
+        """Blocks that may be there, however wide the stream."""
+        if config.num_blocks is not None:
+            return config.num_blocks
+        per_block = bytes_per_block(self.shapes, config.block_size, self.dtype)
+        if config.kv_memory is None:
+            return _free_bytes(self.device) // per_block
+        return int(config.kv_memory * 2**30) // per_block
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
@@ -196,13 +210,15 @@ class ModelRunner:
         return (
             f"weights {(weights + packed) / 2**30:.2g} GiB; keys and values "
             f"{cache.num_blocks * per_block / 2**30:.2g} GiB, {cache.num_blocks:,} blocks of "
-            f"{cache.block_size} tokens" + self._describe_layers()
+            f"{cache.block_size} tokens" + (f"; layers are {self.layers}" if self.layers else "")
         )
 
-    def _describe_layers(self) -> str:
+    @property
+    def layers(self) -> str:
+        """Whether they run fused, in words; "" where nothing fuses them."""
         if self._not_fused:
-            return f"; layers are not fused: {self._not_fused}"
-        return "; layers are fused" if self._fused else ""
+            return f"not fused: {self._not_fused}"
+        return "fused" if self._fused else ""
 
     def memory_in_use(self) -> int:
         """Bytes: torch's on a GPU, this process's resident set on a CPU, as of 0.1 s ago at most."""

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure what a step costs by its packed tokens, before the first one.
 
-Used by: `engine.Engine`, for the draft budget.
+Used by: `engine.Engine`, for the draft budget; `engine.stream_width`.
 """
 
 import time
+from collections.abc import Callable, Container
+from dataclasses import dataclass
 
 import torch
 
@@ -16,10 +18,27 @@ from streaminator.engine.sampler import sample
 from streaminator.sequence import Prompt, Sequence
 from streaminator.speculative.draft_budget import StepCosts
 
-_CONTEXT = 128  # tokens before the measured ones; longer ones are learned while running
+_CONTEXT = (
+    128  # tokens before the measured ones where none are given; others are learned while running
+)
 _MAX_TOKENS = 512
 _SLOW = 1.0  # seconds of a step: wider ones are not tried
 _REPEATS = 3
+_MOST_REPEATS = 10
+_QUIET = 0.5  # seconds for which quick steps are repeated
+_RISES = (
+    1.25  # by which twice the width must have raised tokens per second for a slow one to be tried
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainSteps:
+    """What steps without drafts cost."""
+
+    context: int
+    """Tokens of each sequence."""
+    seconds: dict[int, float]
+    """By stream width."""
 
 
 def measure_step_costs(
@@ -30,30 +49,96 @@ def measure_step_costs(
     stream_width: int,
     max_draft: int,
     num_top: int,
+    plain: PlainSteps | None = None,
 ) -> StepCosts:
     """Run steps of made-up tokens, each size a few times, in turn; the least time counts.
 
-    The cache's blocks must not be in use yet.
+    The cache's blocks must not be in use yet. What `plain` tells is not measured again.
     """
+    known = {n: s for n, s in plain.seconds.items() if n <= stream_width} if plain else {}
+    context = plain.context if plain else _CONTEXT
     most = stream_width * min(1 + max_draft, runner.max_model_len or _MAX_TOKENS)
     most = max(min(most, _MAX_TOKENS), min(most, 2 * stream_width))
 
     def step(num_tokens: int) -> float:
-        return _step(runner, cache, sampling, num_tokens, stream_width, num_top)
+        return _step(runner, cache, sampling, num_tokens, stream_width, num_top, context)
 
-    step(ROW_MULTIPLE)  # the first one of all allocates and compiles
-    sizes, seconds = [], []
+    if not known:
+        step(ROW_MULTIPLE)  # the first one of all allocates and compiles
+    seconds: dict[int, float] = {}
     size = ROW_MULTIPLE
-    while not sizes or (sizes[-1] < most and (seconds[-1] < _SLOW or sizes[-1] < stream_width)):
-        sizes.append(size)
-        seconds.append(step(size))
+    last = 0.0
+    while not seconds or (size < 2 * most and (last < _SLOW or size < 2 * stream_width)):
+        taken = known.get(size) or _try(step, size, is_needed=not seconds)
+        if taken is None:
+            break
+        last = seconds[size] = taken
         size *= 2
+    _repeat(step, seconds, _REPEATS - 1, without=known)
+    return StepCosts(list(seconds), list(seconds.values()), multiple=ROW_MULTIPLE)
+
+
+def measure_widths(
+    runner: ModelRunner,
+    cache: KVCache,
+    sampling: SamplingParams,
+    *,
+    most: int,
+    context: int,
+    num_top: int,
+) -> PlainSteps:
+    """Run steps without drafts of streams that are 8, 16, 32 ... and `most` wide.
+
+    No wider one is tried after one that is slow and hardly brings more tokens per second, or where
+    memory runs out.
+    """
+
+    def step(width: int) -> float:
+        return _step(runner, cache, sampling, width, width, num_top, context)
+
+    step(ROW_MULTIPLE)
+    seconds: dict[int, float] = {}
+    width, speed = min(ROW_MULTIPLE, most), 0.0
+    while True:
+        taken = _try(step, width, is_needed=not seconds)
+        if taken is None:
+            break
+        seconds[width] = taken
+        before, speed = speed, width / taken
+        if width == most or (taken >= _SLOW and speed < _RISES * before):
+            break
+        width = min(2 * width, most)
+    # Among quick steps a disturbed one is more often the quickest of three.
+    rounds = int(_QUIET / sum(seconds.values()))
+    _repeat(step, seconds, min(max(rounds, _REPEATS - 1), _MOST_REPEATS))
+    return PlainSteps(context, seconds)
+
+
+def _try(step: Callable[[int], float], size: int, *, is_needed: bool) -> float | None:
+    """Seconds of a step; None where memory runs out, unless it is needed."""
+    try:
+        return step(size)
+    except torch.OutOfMemoryError:
+        if is_needed:
+            raise
+    # Outside of the handler, whose traceback would keep the tensors of the failed step.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _repeat(
+    step: Callable[[int], float],
+    seconds: dict[int, float],
+    rounds: int,
+    without: Container[int] = (),
+) -> None:
+    """Keep the least time of each size that is quick."""
     # In rounds: while the machine is busy with something else, all sizes are slow, not one.
-    for _ in range(_REPEATS - 1):
-        for index, size in enumerate(sizes):
-            if seconds[index] < _SLOW / 4:
-                seconds[index] = min(seconds[index], step(size))
-    return StepCosts(sizes, seconds, multiple=ROW_MULTIPLE)
+    for _ in range(rounds):
+        for size, taken in seconds.items():
+            if taken < _SLOW / 4 and size not in without:
+                seconds[size] = min(taken, step(size))
 
 
 def _step(
@@ -63,11 +148,12 @@ def _step(
     num_tokens: int,
     stream_width: int,
     num_top: int,
+    context: int,
 ) -> float:
     width = min(stream_width, num_tokens)
     lengths = [num_tokens // width + (i < num_tokens % width) for i in range(width)]
-    limit = (runner.max_model_len or _CONTEXT + _MAX_TOKENS) - max(lengths)
-    context = max(min(_CONTEXT, limit), 1)
+    limit = (runner.max_model_len or context + _MAX_TOKENS) - max(lengths)
+    context = max(min(context, limit), 1)
     # All share their blocks, and use them again where there are few: what is written is not read.
     num_blocks = -(-(context + max(lengths)) // cache.block_size)
     blocks = [1 + i % (cache.num_blocks - 1) for i in range(num_blocks)]

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def draw(output: Path, *flags: str) -> list[tuple]:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory) -> list[tuple]:
-    return draw(tmp_path_factory.mktemp("undisturbed"))
+    return draw(tmp_path_factory.mktemp("undisturbed"), "--stream_width", "4")
 
 
 def start(output: Path, *flags: str) -> subprocess.Popen:
@@ -171,6 +172,22 @@ def test_a_second_process_cannot_write_the_same_run(tmp_path, capsys):
 )
 def test_a_switch_changes_speed_and_no_token(tmp_path, undisturbed, flags):
     assert draw(tmp_path, *flags) == undisturbed
+
+
+def test_a_width_left_to_the_program_is_told_and_recorded(tmp_path, undisturbed, capsys):
+    assert main([*SMALL, "--output", str(tmp_path), "--dry_run"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["stream_width"], shown["num_workers"]) == ("auto", 0)
+    assert draw(tmp_path) == undisturbed
+    told = capsys.readouterr()
+    assert "stream width 5;" in told.err  # as many slots as prompts
+    assert re.search(r"stream width +5\n", told.out)
+    [file] = tmp_path.glob("*/run.json")
+    record = json.loads(file.read_text())
+    assert record["settings"]["stream_width"] is None
+    [worker] = record["attempts"][0]["workers"].values()
+    assert worker["stream_width"] == 5
+    assert worker["layers"].startswith(("fused", "not fused"))
 
 
 def test_layers_that_stay_plain_differ_in_rounding_only(tmp_path, undisturbed):

@@ -31,6 +31,12 @@ def test_few_prompts_are_shared_out_among_all_workers():
     assert Counter(row.worker for row in output.rows.values()) == dict.fromkeys(range(4), 6)
 
 
+def test_each_worker_has_prompts_for_a_width_of_its_own():
+    pool = FakePool(3, widths={0: 2, 1: 8, 2: 100})
+    dispatch(pool, num_prompts=1500)
+    assert pool.most_open == [4, 16, 200]
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_faults_lose_nothing_double_nothing_and_overlap_nothing(seed):
     kinds = ("killed", "hang", "node")

@@ -39,7 +39,7 @@ def test_rates_without_data_are_none():
 
 
 def test_without_a_terminal_lines_go_to_stderr(capsys):
-    with Progress(20, 6, 4, seconds_per_line=0.0) as progress:
+    with Progress(20, 6, 1, seconds_per_line=0.0) as progress:
         progress.update(HALF)
     out, err = capsys.readouterr()
     assert out == ""
@@ -50,7 +50,7 @@ def test_without_a_terminal_lines_go_to_stderr(capsys):
 
 
 def test_lines_are_rare_and_the_last_state_is_always_told(capsys):
-    progress = Progress(1000, 0, 4, seconds_per_line=60.0)
+    progress = Progress(1000, 0, 1, seconds_per_line=60.0)
     for _ in range(500):
         progress.update(Report(num_finished=2))
     assert capsys.readouterr().err == ""
@@ -63,7 +63,7 @@ def test_lines_are_rare_and_the_last_state_is_always_told(capsys):
 
 
 def test_a_run_without_work_is_told_too(capsys):
-    Progress(5, 5, 4).close()
+    Progress(5, 5, 1).close()
     assert capsys.readouterr().err.startswith("5/5 completions")
 
 
@@ -72,7 +72,7 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    with Progress(20, 6, 4) as progress:
+    with Progress(20, 6, 1) as progress:
         progress.update(HALF)
     assert "10/20" in terminal.getvalue()
     assert "acceptance 25%" in terminal.getvalue()

@@ -8,7 +8,8 @@ import pytest
 from streaminator.config import JobConfig
 from streaminator.data.parquet import STEPS, PartWriter
 from streaminator.errors import ConfigError, OutputError, RunMismatchError
-from streaminator.run_record import default_run_id, open_run, resolve_run_id
+from streaminator.progress import Opened
+from streaminator.run_record import default_run_id, open_run, record_workers, resolve_run_id
 
 
 def config(**values):
@@ -61,6 +62,17 @@ def test_a_new_run_is_recorded(tmp_path, monkeypatch):
     assert record["started_at"].endswith("+00:00")
     assert [a["attempt"] for a in record["attempts"]] == [1]
     assert [p.name for p in (tmp_path / "r").iterdir()] == ["run.json"]
+
+
+def test_what_an_attempts_workers_are_like_is_recorded(tmp_path):
+    start(tmp_path)
+    run = start(tmp_path)
+    record_workers(run, {1: Opened(stream_width=8), 0: Opened(stream_width=64, layers="fused")})
+    first, second = json.loads((tmp_path / "r" / "run.json").read_text())["attempts"]
+    assert "workers" not in first
+    assert [worker["stream_width"] for worker in second["workers"].values()] == [64, 8]
+    assert second["workers"]["worker-0"]["layers"] == "fused"
+    assert start(tmp_path).attempt == 3
 
 
 def test_speed_settings_may_differ_when_a_run_is_resumed(tmp_path):

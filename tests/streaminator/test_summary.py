@@ -176,6 +176,23 @@ def test_attempts_have_their_own_width_and_the_time_between_them_does_not_count(
     assert summary.wall_seconds == pytest.approx(4)
 
 
+def test_steps_tell_their_streams_widths_and_earlier_versions_did_not(tmp_path):
+    start(tmp_path, stream_width=4)
+    start(tmp_path, stream_width=None)
+    names = [name for name in STEPS.names if name != "stream_width"]
+    old = pa.schema([STEPS.field(name) for name in names])
+    write(tmp_path / "r" / "steps", old, [step(1, 2)])
+    summary = summarise(tmp_path / "r")
+    assert (summary.stream_widths, summary.stream_utilization) == ([4], 0.5)
+    assert "stream width        4\n" in render(summary)
+    new = [step(1, 32, attempt_id=2, stream_width=32), step(2, 4, attempt_id=2, stream_width=16)]
+    write(tmp_path / "r" / "steps", STEPS, new)
+    summary = summarise(tmp_path / "r")
+    assert summary.stream_widths == [4, 16, 32]
+    assert summary.stream_utilization == pytest.approx(1.75 / 3)
+    assert "stream width        4 to 32\n" in render(summary)
+
+
 def test_an_empty_run_has_a_summary(tmp_path):
     start(tmp_path)
     summary = summarise(tmp_path / "r")
