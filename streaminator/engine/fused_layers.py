@@ -21,11 +21,11 @@ import torch
 
 from streaminator.engine.attention import LayerCall, Stream
 from streaminator.engine.batch import pack
+from streaminator.engine.compile_kernels import KernelsMissingError
 from streaminator.engine.kernels import (
     BLOCK_SIZE,
     KernelProduct,
     Kernels,
-    KernelsMissingError,
     Layer,
     lines_of,
     shape_of,

@@ -1,41 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled kernels of `csrc/`, called on tensors.
 
-They are compiled when a model is first loaded, in a second, by the C compiler of the machine (`CC`,
-else cc, gcc or clang), for its own processor, and kept in the user's cache folder.
+They are compiled when a model is first loaded (`compile_kernels`).
 
 Used by: `fused_layers`, `packed_linear`, `sampler`.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from streaminator.engine.batch import Lines
+from streaminator.engine.compile_kernels import KernelsMissingError, compile_library
 from streaminator.engine.huge_pages import Pages
 
 BLOCK_SIZE = 16
 """Tokens of a KV block: the kernels read a block's keys as one vector."""
-_SOURCES = sorted((Path(__file__).parent / "csrc").iterdir())
 _PANEL = 32
 """Outputs that a product's kernel computes together."""
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-w")
-_TIMEOUT = 120.0
-
-
-class KernelsMissingError(Exception):
-    """There are no kernels, for the reason given."""
 
 
 class _Shape(ctypes.Structure):
@@ -294,7 +279,8 @@ def lines_of(lines: Lines) -> _Lines:
 @cache
 def _load(is_bf16: bool, head_dim: int) -> Any:
     try:
-        library = ctypes.CDLL(str(_compile(is_bf16, head_dim)))
+        defines = {"BF16": int(is_bf16), "HEAD_DIM": head_dim, "BLOCK": BLOCK_SIZE}
+        library = ctypes.CDLL(str(compile_library(defines)))
     except OSError as error:  # no OpenMP, or a folder from which nothing may be run
         raise KernelsMissingError(f"they do not load ({error})") from error
     integer, pointer = ctypes.c_int64, ctypes.c_void_p
@@ -310,68 +296,3 @@ def _load(is_bf16: bool, head_dim: int) -> Any:
     for procedure in (library.rms_norm, library.silu_mul, library.pack_weight):
         procedure.restype = None
     return library
-
-
-def _compile(is_bf16: bool, head_dim: int) -> Path:
-    """The library's path. Who compiles it at the same time as another makes the same file."""
-    compiler = _compiler()
-    flags = [*_FLAGS, f"-DBF16={int(is_bf16)}", f"-DHEAD_DIM={head_dim}", f"-DBLOCK={BLOCK_SIZE}"]
-    told = [
-        *(source.read_bytes() for source in _SOURCES),
-        " ".join([*compiler, *flags]).encode(),
-        _processor(),
-    ]
-    name = f"kernels-{hashlib.blake2b(b'|'.join(told), digest_size=12).hexdigest()}.so"
-    sources = [source for source in _SOURCES if source.suffix == ".c"]
-    folder = _folder()
-    if (folder / name).is_file():
-        return folder / name
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as file:
-        new = Path(file.name)
-    try:
-        subprocess.run(
-            [*compiler, *flags, *map(str, sources), "-o", str(new), "-lm"],
-            check=True, capture_output=True, timeout=_TIMEOUT,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError) as error:
-        new.unlink(missing_ok=True)
-        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
-        reason = said.split("\n", 1)[0] or str(error)
-        raise KernelsMissingError(f"{compiler[0]} does not compile them ({reason})") from error
-    return new.replace(folder / name)
-
-
-def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CC", ""))
-    for command in ([named] if named else []) + [["cc"], ["gcc"], ["clang"]]:
-        if shutil.which(command[0]):
-            return command
-    raise KernelsMissingError("there is no C compiler; install gcc, or name one in CC")
-
-
-def _folder() -> Path:
-    """Where libraries are kept: the user's own, since what lies there is run."""
-    try:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(root) / "streaminator"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
-        pass
-    return _own_folder()
-
-
-@cache
-def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="streaminator-"))
-
-
-def _processor() -> bytes:
-    """What `-march=native` looks at."""
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n", 1)[0].splitlines()
-        kept = (b"vendor_id", b"cpu family", b"model", b"flags", b"Features")
-        return b"\n".join(line for line in lines if line.startswith(kept))
-    except OSError:
-        return platform.processor().encode()

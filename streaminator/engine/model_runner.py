@@ -17,9 +17,10 @@ from streaminator.config import EngineConfig, ModelConfig
 from streaminator.engine.attention import NAME, LayerCall, Stream, attention
 from streaminator.engine.batch import Batch
 from streaminator.engine.checkpoint import load_model
+from streaminator.engine.compile_kernels import KernelsMissingError
 from streaminator.engine.device import resolve_device, resolve_dtype
 from streaminator.engine.fused_layers import FusedLayer, NotFusedError, fuse_layers, install
-from streaminator.engine.kernels import Kernels, KernelsMissingError
+from streaminator.engine.kernels import Kernels
 from streaminator.engine.kv_cache import KVCache, bytes_per_block
 from streaminator.engine.packed_linear import Packer, find_packable, pack_linear
 from streaminator.engine.paged_trial import why_not_paged

@@ -10,7 +10,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from streaminator.config import EngineConfig, ModelConfig, SamplingParams, SpeculatorConfig
-from streaminator.engine import kernels
+from streaminator.engine import compile_kernels, kernels
+from streaminator.engine.compile_kernels import KernelsMissingError
 from streaminator.engine.model_runner import ModelRunner
 from tests.fakes import draw, make_engine, make_prompt, random_tokens, tokens
 
@@ -72,7 +73,7 @@ def told(runner: ModelRunner) -> str:
 def has_compiler() -> bool:
     try:
         kernels.Kernels(torch.float32)
-    except kernels.KernelsMissingError:
+    except KernelsMissingError:
         return False
     return True
 
@@ -81,8 +82,13 @@ needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C co
 
 
 @needs_compiler
+@pytest.mark.parametrize("all_in_one_call", [True, False])
 @pytest.mark.parametrize("name", FUSED)
-def test_fused_layers_give_the_text_that_plain_ones_do(name: str, tmp_path: Path) -> None:
+def test_fused_layers_give_the_text_that_plain_ones_do(
+    name: str, all_in_one_call: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not all_in_one_call:  # as where products are oneDNN's
+        monkeypatch.setattr(kernels.Kernels, "has_product", lambda *_: False)
     folder = save(tmp_path, FUSED[name], torch.float32)
     runner, plain = load(folder), load(folder, packed_linear=False)
     assert told(runner).endswith("layers are fused")
@@ -119,6 +125,19 @@ def test_layers_that_only_look_like_a_llamas_stay_as_they_are(name: str, tmp_pat
     assert tokens(sample(runner)) == tokens(expected)
 
 
+def test_layers_stay_as_they_are_where_something_happens_between_them(tmp_path: Path) -> None:
+    def steer(runner: ModelRunner) -> ModelRunner:
+        runner.model.model.layers[0].register_forward_hook(lambda *given: given[-1] * 1.5)
+        return runner
+
+    folder = save(tmp_path, FUSED["Llama"], torch.float32)
+    runner = steer(load(folder))
+    expected = sample(steer(load(folder, packed_linear=False)))
+    assert tokens(sample(runner)) == tokens(expected)
+    if has_compiler():
+        assert "LlamaModel computes something between its layers" in told(runner)
+
+
 def test_without_a_compiler_layers_stay_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +163,7 @@ def test_a_library_that_does_not_load_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = load(save(tmp_path, FUSED["Llama"], torch.float32))
-    monkeypatch.setattr(kernels, "_compile", lambda *_: tmp_path / "nothing.so")
+    monkeypatch.setattr(kernels, "compile_library", lambda *_: tmp_path / "nothing.so")
     kernels._load.cache_clear()
     assert "layers are not fused: they do not load" in told(runner)
 
@@ -156,7 +175,7 @@ def test_a_user_without_a_home_has_kernels(tmp_path: Path, monkeypatch: pytest.M
 
     runner = load(save(tmp_path, FUSED["Llama"], torch.float32))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(kernels.Path, "home", no_home)
+    monkeypatch.setattr(compile_kernels.Path, "home", no_home)
     kernels._load.cache_clear()
     assert told(runner).endswith("layers are fused")
 

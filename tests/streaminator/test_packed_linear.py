@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from streaminator.engine import packed_linear
-from streaminator.engine.kernels import Kernels, KernelsMissingError
+from streaminator.engine.compile_kernels import KernelsMissingError
+from streaminator.engine.kernels import Kernels
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.packed_linear import Packer, find_packable, pack_linear
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from streaminator.config import SamplingParams
-from streaminator.engine.kernels import Kernels, KernelsMissingError
+from streaminator.engine.compile_kernels import KernelsMissingError
+from streaminator.engine.kernels import Kernels
 from streaminator.engine.sampler import INVALID_TOKEN, Drawn, sample
 from tests.streaminator.test_sampling import assert_follows, random_logits
 
