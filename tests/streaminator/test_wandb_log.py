@@ -20,6 +20,7 @@ summary = Summary(
     num_settled=0, num_settled_prompts=0, num_tokens_saved=0, calibration=[], num_tokens=9,
     wall_seconds=1.0, tokens_per_second=9.0, num_graded=2, grader_errors={}, accuracy=0.5, pass_at_k={1: 0.5},
     majority_at_k={1: 0.5}, acceptance_rate=0.25, tokens_per_step=1.5, stream_utilization=None,
+    stream_widths=[4],
     generations=[
         Generation(sample_index=0, num_completions=1, acceptance_rate=None, tokens_per_step=1.0)
     ],
