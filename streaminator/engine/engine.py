@@ -88,7 +88,10 @@ class Engine:
         self._max_length = self._total_length(max_prompt_length)
         cache = runner.make_cache(engine, self._max_length)
         self._speculation = Speculation(
-            speculator, is_greedy=sampling.temperature == 0, num_kept_prompts=num_kept_prompts
+            speculator,
+            is_greedy=sampling.temperature == 0,
+            num_kept_prompts=num_kept_prompts,
+            tokenizer=tokenizer,
         )
         if self._speculation.has_budget:
             self._speculation.budget = DraftBudget(

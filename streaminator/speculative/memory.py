@@ -34,9 +34,10 @@ from streaminator.speculative import memory_kernels as kernels
 from streaminator.speculative import memory_learning as learning
 from streaminator.speculative import memory_rates as rates
 from streaminator.speculative.arena import Arena
+from streaminator.speculative.memory_correction import Correction, begin
 from streaminator.speculative.memory_tables import (
     CLOCK,
-    MAX_ORDER,
+    TAIL,
     NUM_CONTEXTS,
     NUM_ROWS,
     NUM_SHARED_CONTEXTS,
@@ -83,6 +84,7 @@ class Memory:
         min_survival: no token less likely to be accepted is drafted.
         learns_prompts: whether a prompt's own text is observed.
         learns_completions: whether completions are.
+        numbers: [V] which tokens are parts of numbers; None: not known.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Memory:
         min_survival: float = 0.1,
         learns_prompts: bool = True,
         learns_completions: bool = True,
+        numbers: NDArray[np.bool_] | None = None,
     ) -> None:
         self._arena = Arena(max_bytes)
         num_rows = len(self._arena.rows)
@@ -107,11 +110,14 @@ class Memory:
         self._tables = np.zeros((8, 6), np.int64)
         self._free_tables = list(range(7, 0, -1))
         self._prompts: dict[str, int] = {}  # least recently started first
-        self._running = np.zeros((8, 6), np.int64)
-        self._tails = np.zeros((8, MAX_ORDER), np.int64)
+        self._running = np.zeros((8, rates.NUM_COLUMNS), np.int64)
+        self._tails = np.zeros((8, TAIL), np.int64)
         self._predictions = np.zeros((8, MAX_DRAFT, 4 + len(self._strengths)), np.int64)
         self._free_handles = list(range(7, -1, -1))
         self._starts: dict[str, tuple[int, ...]] = {}
+        self._num_prompt: dict[str, int] = {}
+        none = np.zeros(0, np.bool_)
+        self._correction = Correction.of(8, none if numbers is None else numbers)
         self._mixing = np.zeros(rates.MIXING_SHAPE)
         self._seen = np.zeros((8, rates.NUM_SEEN), np.int32)
         self._recency = np.zeros(rates.RECENCY_SHAPE)
@@ -154,7 +160,8 @@ class Memory:
             self._seen = np.concatenate([self._seen, np.zeros_like(self._seen)])
             self._free_tables = list(range(2 * size - 1, size - 1, -1))
         self._prompts[prompt_id] = self._free_tables.pop()
-        self._starts[prompt_id] = tuple(prompt_token_ids[-MAX_ORDER:])
+        self._starts[prompt_id] = tuple(prompt_token_ids[-TAIL:])
+        self._num_prompt[prompt_id] = len(prompt_token_ids)
         self._revive(prompt_id)
         if self._learns_prompts:
             handle = self._new_handle(prompt_id, (), 0)
@@ -182,7 +189,7 @@ class Memory:
     def close(self, prompt_id: str) -> None:
         """Forget a prompt; what the shared tier learned from it stays."""
         table = self._prompts.pop(prompt_id)
-        del self._starts[prompt_id]
+        del self._starts[prompt_id], self._num_prompt[prompt_id]
         self._drop(table)
         self._tables[table] = 0
         self._seen[table] = 0
@@ -201,7 +208,9 @@ class Memory:
         """
         self._prompts[prompt_id] = self._prompts.pop(prompt_id)
         self._revive(prompt_id)
-        return self._new_handle(prompt_id, token_ids, noise_key)
+        handle = self._new_handle(prompt_id, token_ids, noise_key)
+        begin(self._correction, handle, self._running[handle], token_ids, self._num_prompt[prompt_id])
+        return handle
 
     def finish(self, handle: int) -> None:
         """The completion has ended."""
@@ -220,7 +229,7 @@ class Memory:
         kernels.draft(
             self._arena.rows, self._tables, self._running, self._tails, handles, caps,
             self.min_survival, self._mixing, self._seen, self._recency, self._hits, self._second_hits,
-            self._strengths, self._noise_hits, self._shared, self._predictions, tokens, survival,
+            self._strengths, self._noise_hits, self._shared, self._correction, self._predictions, tokens, survival,
         )  # fmt: skip
         width = int(np.count_nonzero(survival[:, 0], axis=1).max(initial=0))
         return Drafts(tokens[..., :width], survival[..., :width])
@@ -258,7 +267,7 @@ class Memory:
         learning.learn(
             self._arena.rows, self._tables, self._running, self._tails, handles, tokens, lengths,
             rejected, num_rejected, top_ids, top_probs, self._mixing, self._seen, self._recency, self._num_learned, self._hits, self._second_hits, self._noise_hits, self._predictions,
-            self._learns_completions, self._shared and self._learns_completions, True,
+            self._correction, self._learns_completions, self._shared and self._learns_completions, True,
         )  # fmt: skip
 
     def _observe(
@@ -282,7 +291,7 @@ class Memory:
                 self._arena.rows, self._tables, self._running, self._tails, handles, tokens,
                 lengths, rejected, num_rejected, top_ids, top_probs, self._mixing, self._seen,
                 self._recency, self._num_learned, self._hits, self._second_hits,
-                self._noise_hits, self._predictions, True, shared, False,
+                self._noise_hits, self._predictions, self._correction, True, shared, False,
             )  # fmt: skip
 
     def _new_handle(self, prompt_id: str, token_ids: Sequence[int], noise_key: int) -> int:
@@ -292,11 +301,12 @@ class Memory:
             self._tails = np.concatenate([self._tails, np.zeros_like(self._tails)])
             more = np.zeros_like(self._predictions)
             self._predictions = np.concatenate([self._predictions, more])
+            self._correction = self._correction.widened(size)
             self._free_handles = list(range(2 * size - 1, size - 1, -1))
         handle = self._free_handles.pop()
-        tail = token_ids[-MAX_ORDER:]
-        self._tails[handle, MAX_ORDER - len(tail) :] = tail
-        self._running[handle] = (self._prompts[prompt_id], len(tail), 0, noise_key, 0, 0)
+        tail = token_ids[-TAIL:]
+        self._tails[handle, TAIL - len(tail) :] = tail
+        self._running[handle] = (self._prompts[prompt_id], len(tail), 0, noise_key, 0, 0, 0, 0)
         return handle
 
     def _make_room(self, handles: Ints, lengths: Ints, rows_per_context: float) -> None:

@@ -30,11 +30,23 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.speculative.memory_correction import (
+    NUM_FEATURES,
+    Correction,
+    correct,
+    find_features,
+    keep,
+    keep_likeliest,
+    pop,
+    push,
+)
 from streaminator.speculative.memory_mixing import MAX_CANDIDATES, MAX_REFS, NUM_HINTS, mix_tier
 from streaminator.speculative.memory_rates import (
     KNOWN,
+    LENGTH,
     MATCH_BINS,
     NOISE_KEY,
+    NUM_PROMPT,
     NUM_SEEN,
     NUM_SHARES,
     POSITION,
@@ -55,7 +67,7 @@ from streaminator.speculative.memory_tables import (
     CLOCK,
     FIRST_SHARED,
     GAPPED,
-    MAX_ORDER,
+    TAIL,
     NUM_CONTEXTS,
     fetch_rows,
     hash_contexts,
@@ -142,6 +154,7 @@ def draft(
     strengths: Floats,
     noise_hits: Floats,
     use_shared: bool,
+    correction: Correction,
     predictions: Ints,
     out_tokens: Ints,
     out_survival: NDArray[np.float32],
@@ -158,6 +171,7 @@ def draft(
         mixing, recency, hits, second_hits, strengths, noise_hits: what was learned about each.
         seen: [tables, NUM_SEEN] where tokens stood last.
         use_shared: whether the shared table is mixed in.
+        correction: of the mixture; the first drafted token's candidates are kept there.
         predictions: [H, K, 4 + S] token, bucket, second choice (-1: none) and its share, and the
             token by each strength.
         out_tokens, out_survival: [n, 2, K] zeroed, chains and second choices; survival 0: none.
@@ -173,15 +187,17 @@ def draft(
     picks = np.zeros(len(strengths), np.int64)
     best = np.empty(len(strengths), np.float64)
     keys = np.empty((num, NUM_CONTEXTS), np.uint64)
-    text = np.empty((num, MAX_ORDER + width), np.int64)
-    restore = np.empty((num, width), np.int32)
+    text = np.empty((num, TAIL + width), np.int64)
+    restore = np.empty((num, width, 2), np.int32)
+    features = np.empty((MAX_CANDIDATES, NUM_FEATURES), np.int32)
+    logs = np.empty(MAX_CANDIDATES, np.float64)
     survivals, starts = np.ones(num), np.zeros(num, np.int64)
     waiting = np.arange(num)
     for n in range(num):
         state = running[handles[n]]
         state[PREDICTED] = 0
-        text[n, :MAX_ORDER] = tails[handles[n]]
-        hash_contexts(text[n], MAX_ORDER, state[KNOWN], keys[n])
+        text[n, :TAIL] = tails[handles[n]]
+        hash_contexts(text[n], TAIL, state[KNOWN], correction.numbers, keys[n])
         fetch_rows(rows, tables[state[TABLE]], tables[0], keys[n], 0, use_shared)
     # A token of each at a time, so that the rows it needs come from memory meanwhile.
     for step in range(width):
@@ -193,7 +209,7 @@ def draft(
             handle = handles[n]
             state = running[handle]
             own, own_seen = tables[state[TABLE]], seen[state[TABLE]]
-            end = MAX_ORDER + step
+            end = TAIL + step
             clock = own[CLOCK] + step
             size, rest, matters, longest, count = mix_tier(
                 rows, own, 0, keys[n], starts[n], mixing, own_seen, clock, recency, tokens,
@@ -204,6 +220,7 @@ def draft(
             match = 0
             if longest < NUM_CONTEXTS:
                 match = (NUM_CONTEXTS - longest) * MATCH_BINS + log_bin(count, MATCH_BINS)
+            own_longest = longest
             if use_shared and matters:
                 size, rest, _, longest, _ = mix_tier(
                     rows, tables[0], 1, keys[n], FIRST_SHARED, mixing, own_seen, clock, recency,
@@ -213,6 +230,15 @@ def draft(
                     match = min(NUM_CONTEXTS - longest, MATCH_BINS - 1)
             if size == 0:
                 continue
+            size = keep_likeliest(tokens, masses, size)
+            history, length = correction.histories[handle], state[LENGTH] + step
+            find_features(
+                history, length, state[NUM_PROMPT], tokens, size, correction.numbers, features
+            )
+            correct(correction.weights, own_longest, masses, size, features, logs)
+            if step == 0:
+                correction.sizes[handle] = size, own_longest
+                keep(correction, handle, tokens, masses, logs, features)
             strength = np.argmax(noise_hits[match])
             position = state[POSITION] + step
             is_new = noise_hits[match].max() < _ENOUGH_TRIALS
@@ -236,7 +262,8 @@ def draft(
             token = tokens[pick]
             text[n, end] = token
             # For the rest of the chain it has been said.
-            restore[n, step] = own_seen[token & (NUM_SEEN - 1)]
+            restore[n, step, 0] = own_seen[token & (NUM_SEEN - 1)]
+            restore[n, step, 1] = push(history, length, token, correction.numbers)
             own_seen[token & (NUM_SEEN - 1)] = clock + 1
             guess = predictions[handle, step]
             guess[0], guess[1], guess[2] = token, bucket, -1
@@ -260,8 +287,8 @@ def draft(
                     out_tokens[n, 1, step] = tokens[second]
                     out_survival[n, 1, step] = chance
             if step + 1 < caps[n]:
-                known = min(state[KNOWN] + step + 1, MAX_ORDER)
-                hash_contexts(text[n], end + 1, known, keys[n])
+                known = min(state[KNOWN] + step + 1, TAIL)
+                hash_contexts(text[n], end + 1, known, correction.numbers, keys[n])
                 fetch_rows(rows, own, tables[0], keys[n], starts[n], use_shared)
                 waiting[num_left] = n
                 num_left += 1
@@ -273,8 +300,10 @@ def draft(
         for n in range(num - 1, -1, -1):
             state = running[handles[n]]
             if step < state[PREDICTED]:
-                place = text[n, MAX_ORDER + step] & (NUM_SEEN - 1)
-                seen[state[TABLE], place] = restore[n, step]
+                place = text[n, TAIL + step] & (NUM_SEEN - 1)
+                seen[state[TABLE], place] = restore[n, step, 0]
+                history = correction.histories[handles[n]]
+                pop(history, state[LENGTH] + step, restore[n, step, 1])
 
 
 @jit

@@ -9,6 +9,7 @@ Used by: `memory`.
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.speculative.memory_correction import Correction, extend, learn_correction
 from streaminator.speculative.memory_mixing import (
     ENOUGH,
     MAX_CANDIDATES,
@@ -20,6 +21,7 @@ from streaminator.speculative.memory_rates import (
     KNOWN,
     NUM_SEEN,
     POSITION,
+    PREDICTED,
     TABLE,
     Floats,
     learn_hits,
@@ -29,7 +31,7 @@ from streaminator.speculative.memory_rates import (
 from streaminator.speculative.memory_tables import (
     CLOCK,
     FIRST_SHARED,
-    MAX_ORDER,
+    TAIL,
     NUM_CONTEXTS,
     NUM_SLOTS,
     Ints,
@@ -40,7 +42,7 @@ from streaminator.speculative.memory_tables import (
     jit,
 )
 
-_LONG = 8  # place of the shortest own match that spares the shared table
+_LONG = 7  # place of the shortest own match that spares the shared table
 _EAGER, _SELDOM = 8192, 4  # parts are fitted to the first tokens, then to every fourth
 
 
@@ -65,6 +67,7 @@ def learn(
     second_hits: Floats,
     noise_hits: Floats,
     predictions: Ints,
+    correction: Correction,
     own_tier: bool,
     use_shared: bool,
     learns_rates: bool,
@@ -78,7 +81,7 @@ def learn(
     longest = 0
     for n in range(len(handles)):
         longest = max(longest, lengths[n] + num_rejected[n])
-    text = np.empty(MAX_ORDER + longest, np.int64)
+    text = np.empty(TAIL + longest, np.int64)
     keys = np.empty(NUM_CONTEXTS, np.uint64)
     found = np.empty((2, NUM_CONTEXTS), np.int64)
     num_tiers = 2 if use_shared else 1
@@ -93,16 +96,20 @@ def learn(
         first_row = first + first_rejected
         state = running[handle]
         own, shared, own_seen = tables[state[TABLE]], tables[0], seen[state[TABLE]]
-        text[:MAX_ORDER] = tails[handle]
-        text[MAX_ORDER : MAX_ORDER + num] = new[first : first + num]
+        text[:TAIL] = tails[handle]
+        text[TAIL : TAIL + num] = new[first : first + num]
         if learns_rates:
             drawn = new[first : first + num]
+            if state[PREDICTED] and num:
+                ids, probs = top_ids[first_row], top_probs[first_row]
+                learn_correction(correction, handle, drawn[0], ids, probs)
+            extend(correction.histories[handle], state, drawn, correction.numbers)
             learn_hits(state, predictions[handle], drawn, hits, second_hits, noise_hits)
         for index in range(num):
-            end = MAX_ORDER + index
-            known = min(state[KNOWN] + index, MAX_ORDER)
+            end = TAIL + index
+            known = min(state[KNOWN] + index, TAIL)
             ids, probs = top_ids[first_row + index], top_probs[first_row + index]
-            hash_contexts(text, end, known, keys)
+            hash_contexts(text, end, known, correction.numbers, keys)
             num_learned[0] += learns_rates
             if learns_rates and (num_learned[0] < _EAGER or num_learned[0] % _SELDOM == 0):
                 find_all(rows, own, keys, 0, found[0])
@@ -130,15 +137,16 @@ def learn(
             # What a long match of its own prompt foretells, the others need not be told again.
             if use_shared and (knew > _LONG or len(ids) > 0):
                 count_token(rows, shared, keys, FIRST_SHARED, 2, text[end], ids, probs)
-        tails[handle] = text[num : num + MAX_ORDER]
+        tails[handle] = text[num : num + TAIL]
         for index in range(num_rejected[n] if own_tier and own[NUM_SLOTS] > 0 else 0):
             # The first one stands where the last of the new tokens was drawn instead.
-            end = MAX_ORDER + num + index
+            end = TAIL + num + index
             text[end - 1] = rejected[first_rejected + index]
             ids, probs = top_ids[first_row + num + index], top_probs[first_row + num + index]
-            hash_contexts(text, end, min(state[KNOWN] + num + index, MAX_ORDER), keys)
+            known = min(state[KNOWN] + num + index, TAIL)
+            hash_contexts(text, end, known, correction.numbers, keys)
             count_token(rows, own, keys, 0, 2, ids[0], ids, probs)
-        state[KNOWN] = min(state[KNOWN] + num, MAX_ORDER)
+        state[KNOWN] = min(state[KNOWN] + num, TAIL)
         state[POSITION] += num
         first += num
         first_rejected += num_rejected[n]

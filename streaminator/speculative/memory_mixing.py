@@ -27,6 +27,7 @@ from streaminator.speculative.memory_records import (
 )
 from streaminator.speculative.memory_tables import (
     GAPPED,
+    LAST_GAPPED,
     NUM_CONTEXTS,
     NUM_SLOTS,
     SCALE,
@@ -88,7 +89,7 @@ def mix_tier(
         if row < 0:
             continue
         total, distinct = total_of(rows, row)
-        if longest == NUM_CONTEXTS and not GAPPED <= place <= GAPPED + 1:
+        if longest == NUM_CONTEXTS and not GAPPED <= place <= LAST_GAPPED:
             longest, count = place, total // SCALE
         part = part_of(mixing, tier, place, kind_of(total, distinct))
         here = rest * part

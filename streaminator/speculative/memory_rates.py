@@ -65,8 +65,9 @@ _NOISE_ROW, _NOISE_TOKEN = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE
 _SHIFT12 = np.uint64(12)
 _TWO = np.uint64(2)
 
-# Columns of a running sequence's integers.
-TABLE, KNOWN, POSITION, NOISE_KEY, RUN, PREDICTED = range(6)
+NUM_COLUMNS = 8
+# Columns of a running sequence's integers; the last: its text's tokens, those of the prompt.
+TABLE, KNOWN, POSITION, NOISE_KEY, RUN, PREDICTED, LENGTH, NUM_PROMPT = range(NUM_COLUMNS)
 
 Floats = NDArray[np.float64]
 
