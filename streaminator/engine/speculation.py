@@ -55,7 +55,6 @@ class Speculation:
             return SpeculatorStore(self._config, num_kept_prompts=num_kept_prompts)
         # Imported late: its compiled loops take a moment to load.
         from streaminator.speculative.memory_store import MemoryStore
-
         from streaminator.speculative.memory_texts import number_tokens
 
         return MemoryStore(

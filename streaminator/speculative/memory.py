@@ -37,13 +37,13 @@ from streaminator.speculative.arena import Arena
 from streaminator.speculative.memory_correction import Correction, begin
 from streaminator.speculative.memory_tables import (
     CLOCK,
-    TAIL,
     NUM_CONTEXTS,
     NUM_ROWS,
     NUM_SHARED_CONTEXTS,
     NUM_SLOTS,
     ROW_BYTES,
     START,
+    TAIL,
     USED_OVERFLOW,
     USED_SLOTS,
     Ints,
@@ -209,7 +209,9 @@ class Memory:
         self._prompts[prompt_id] = self._prompts.pop(prompt_id)
         self._revive(prompt_id)
         handle = self._new_handle(prompt_id, token_ids, noise_key)
-        begin(self._correction, handle, self._running[handle], token_ids, self._num_prompt[prompt_id])
+        begin(
+            self._correction, handle, self._running[handle], token_ids, self._num_prompt[prompt_id]
+        )
         return handle
 
     def finish(self, handle: int) -> None:

@@ -39,7 +39,7 @@ _SIZE = HISTORY_SHAPE[1]
 _KEPT = 256  # tokens that stay when a history is full
 _DRAFTED = 64  # tokens that may be drafted behind it
 
-MOST = 16
+MOST = 12
 """Candidates that are corrected; the others are dropped."""
 NUM_FEATURES = 8
 _BITS = 16
@@ -47,9 +47,9 @@ WEIGHTS_SHAPE = (2, (1 << _BITS) + NUM_CONTEXTS + 1)
 """[(weight, squared gradients), feature by its hash, then exponents by the longest match]"""
 _EXPONENTS = 1 << _BITS
 _RATE, _EXPONENT_RATE = 0.15, 0.03
+_HOPELESS = 0.005  # of the best candidate's mass
 _UNLIKELY = 1e-6  # what a candidate's share is taken for at least
 _STEPS = 8  # earlier places of a token that are looked at
-
 
 
 class Correction(NamedTuple):
@@ -127,9 +127,7 @@ def pop(history: Rows, place: int, before: int) -> None:
 
 
 @jit
-def extend(
-    history: Rows, state: Ints, new: Ints, numbers: NDArray[np.bool_]
-) -> None:
+def extend(history: Rows, state: Ints, new: Ints, numbers: NDArray[np.bool_]) -> None:
     """Append tokens to a running sequence's text; what is too long ago goes."""
     for token in new:
         length = state[LENGTH]
@@ -213,10 +211,10 @@ def find_features(
         place = np.int64(history[_LAST, token & (_SIZE - 1)]) - 1
         if place >= 0 and history[_TEXT, place] != token:
             place = -1
-        previous = old_role = -1
-        distance, num, is_said = 64, 0, 0
+        old_role = previous = -1
+        distance, num, is_said = 63, 0, 0
         if place >= 0:
-            distance = min(length - place, 63)
+            distance = min(length - place, 62)
             old_role = np.int64(history[_ROLE, place])
             previous = np.int64(history[_TEXT, place - 1]) if place > 0 else -1
             is_said = 1 if place >= num_prompt else 0
@@ -232,25 +230,30 @@ def find_features(
         row[1] = _place_of(_pair(1, (role << 20) + second, token))
         row[2] = _place_of(_pair(2, third, token))
         row[3] = _place_of(_pair(3, 0, num * 2 + is_said))
-        row[4] = _place_of(_pair(4, last, previous))
-        row[5] = _place_of(_pair(5, role, old_role))
-        row[6] = _place_of(_pair(6, last, distance))
-        row[7] = _place_of(_pair(7, last, follows))
+        row[4] = _place_of(_pair(4, role, old_role))
+        row[5] = _place_of(_pair(5, last, distance))
+        row[6] = _place_of(_pair(6, last, follows))
+        row[7] = _place_of(_pair(7, last, previous))
 
 
 @jit_inline
 def keep_likeliest(tokens: Ints, masses: Floats, size: int) -> int:
     """Leave at most MOST candidates; returns how many."""
-    if size <= MOST:
-        return size
-    least = np.sort(masses[:size])[size - MOST]
-    num = 0
+    top = 0.0
     for k in range(size):
-        if masses[k] >= least and num < MOST:
-            tokens[num], masses[num] = tokens[k], masses[k]
-            num += 1
-    size = num
-    return size
+        top = max(top, masses[k])
+    least = _HOPELESS * top
+    while True:
+        num = 0
+        for k in range(size):
+            if masses[k] >= least:
+                tokens[num], masses[num] = tokens[k], masses[k]
+                num += 1
+        size = num
+        if size <= MOST or least == top:
+            break
+        least = min(1.5 * least, top)
+    return min(size, MOST)
 
 
 @jit_inline
@@ -309,7 +312,11 @@ def learn_correction(
 ) -> None:
     """One step up the gradient: corrected shares against the distribution that `token` was drawn from."""
     size, longest = correction.sizes[handle]
-    weights, tokens, shares = correction.weights, correction.tokens[handle], correction.shares[handle]
+    weights, tokens, shares = (
+        correction.weights,
+        correction.tokens[handle],
+        correction.shares[handle],
+    )
     logs, features = correction.logs[handle], correction.features[handle]
     target = np.zeros(size)
     total = 0.0

@@ -67,8 +67,8 @@ from streaminator.speculative.memory_tables import (
     CLOCK,
     FIRST_SHARED,
     GAPPED,
-    TAIL,
     NUM_CONTEXTS,
+    TAIL,
     fetch_rows,
     hash_contexts,
 )

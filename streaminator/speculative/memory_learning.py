@@ -31,9 +31,9 @@ from streaminator.speculative.memory_rates import (
 from streaminator.speculative.memory_tables import (
     CLOCK,
     FIRST_SHARED,
-    TAIL,
     NUM_CONTEXTS,
     NUM_SLOTS,
+    TAIL,
     Ints,
     Rows,
     count_token,

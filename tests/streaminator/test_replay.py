@@ -213,7 +213,7 @@ def test_counts_add_up_whatever_is_drafted():
     ]  # fmt: skip
     for name in ("memory", "bigram"):
         for width in (1, 4, 20):
-            report = replay(prompts, SPECULATORS[name].make("both", 0.0), cap=3, width=width)
+            report = replay(prompts, SPECULATORS[name].make("both", 0.0, None), cap=3, width=width)
             assert report.num_tokens == 3 * sum(20 + i for i in range(9))
             # A step adds its accepted tokens and one more, unless the completion ends with them.
             extra = report.num_tokens - report.num_accepted
