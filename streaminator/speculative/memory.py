@@ -14,10 +14,10 @@ Invariants
 - Work is linear in tokens drafted and tokens committed. Growing a table costs its size, which
   doubles: constant per token.
 
-A token that is new in all its contexts costs 11 rows of 32 bytes in its prompt's table and 6 in the
-shared one; tables are between 0.4 and 0.8 full: 440 to 880 bytes and 240 to 480. A token already
+A token that is new in all its contexts costs 10 rows of 32 bytes in its prompt's table and 7 in the
+shared one; tables are between 0.4 and 0.8 full: 400 to 800 bytes and 280 to 560. A token already
 known in its contexts costs nothing, its distribution at most two rows in either table. Beside the
-tables an open prompt holds 16 KiB: where which token stood last.
+tables an open prompt holds 16 KiB: where which token stood last; a running sequence 9 KiB: its text.
 
 Used by: `memory_store` (the stream), `replay`.
 """

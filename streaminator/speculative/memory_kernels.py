@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # In compiled code the integers of Python and numpy are one.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
-"""Compiled loops of the memory: mix the orders, draft chains and second choices.
+"""Compiled loops of the memory: mix the orders, correct, draft chains and second choices.
 
 Mixing. Each context known so far gives an estimate of the next token, its continuations' shares.
 From the longest match of the prompt's own table down, then the same in the shared table, a
@@ -11,6 +11,9 @@ online by expectation-maximisation (interpolation weights as in Jelinek and Merc
 bucket). A candidate's mass is then multiplied by a factor for how long ago it stood in its
 prompt's text (what other prompts said is less likely here if it names what was never named
 here); the factors are fitted by gradient.
+
+Correction. The likeliest candidates' masses are then corrected by what the sequence's own text says
+about each (`memory_correction`).
 
 Survival. What a mixture says of itself is overconfident. The hit rate of a drafted token is
 learned per bucket of what was known when it was drafted, backed off to coarser buckets.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # In compiled code the integers of Python and numpy are one.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
-"""Compiled loop of the memory: count what was drawn and what verifying has told, and learn rates.
+"""Compiled loop of the memory: count what was drawn and what verifying has told, learn rates and the
+correction.
 
 Used by: `memory`.
 """
