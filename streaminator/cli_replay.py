@@ -17,6 +17,7 @@ from streaminator.config import ModelConfig
 from streaminator.data.files import open_output
 from streaminator.errors import ConfigError, ModelError
 from streaminator.speculative.memory import MAX_DRAFT
+from streaminator.speculative.memory_texts import number_tokens
 from streaminator.speculative.replay import LoggedPrompt, ReplayReport, match_drafted, replay
 from streaminator.speculative.replay_log import Columns, Log, encode, read_log, vocabulary, warm
 from streaminator.speculative.replay_report import Result, print_tables, write_report
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     _check_regimes(args)
     for name in args.speculators:
-        SPECULATORS[name].make("both", 0.0)  # refuses what is not installed
+        SPECULATORS[name].make("both", 0.0, None)  # refuses what is not installed
     read = [_read(source, args) for source in args.logs]
     if args.output is not None:
         open_output(args.output)
@@ -141,6 +142,8 @@ def _read(source: str, args: argparse.Namespace) -> tuple[Log, list[LoggedPrompt
     columns = Columns(**{column.name: getattr(args, column.name) for column in fields(Columns)})
     log = read_log(source, columns)
     tokenizer = _tokenizer(log, args.tokenizer_name)
+    if tokenizer is not None:
+        log.numbers = number_tokens(tokenizer)
     prompts = encode(
         log, tokenizer, num_samples=args.num_samples, num_completions=args.num_completions
     )
@@ -192,7 +195,7 @@ def _replay_log(
             results = {}
             for name in sorted(names, key=lambda name: name != args.match_drafted):
                 _tell(f"{log.source}: {name}, k = {cap}, {regime}")
-                run = _runner(prompts, name, regime, cap, args.stream_width)
+                run = _runner(log, prompts, name, regime, cap, args.stream_width)
                 report = run(args.min_survival if cap > 1 else 0.0)
                 keys = (log.source, name, cap, regime)
                 results[name] = [Result(*keys, None, args.warm_start, report)]
@@ -211,18 +214,20 @@ def _replay_log(
 
 
 def _runner(
-    prompts: list[LoggedPrompt], name: str, regime: str, cap: int, width: int
+    log: Log, prompts: list[LoggedPrompt], name: str, regime: str, cap: int, width: int
 ) -> Callable[[float], ReplayReport]:
     """Replays with a new speculator, given the least survival worth drafting."""
+    kind = SPECULATORS[name]
 
     def run(min_survival: float) -> ReplayReport:
         # Compiled code is compiled, or loaded, before the clock starts.
         tokens = np.array([0, 1, 0, 1])
         replay(
             [LoggedPrompt("", tokens, [tokens], [tokens])],
-            SPECULATORS[name].make(regime, min_survival), cap=cap, width=1,
+            kind.make(regime, min_survival, log.numbers), cap=cap, width=1,
         )  # fmt: skip
-        return replay(prompts, SPECULATORS[name].make(regime, min_survival), cap=cap, width=width)
+        speculator = kind.make(regime, min_survival, log.numbers)
+        return replay(prompts, speculator, cap=cap, width=width)
 
     return run
 

@@ -89,7 +89,10 @@ class Engine:
         self._stopping = StopChecker(sampling, runner.eos_token_ids, tokenizer)
         self._max_length = self._total_length(max_prompt_length)
         self._speculation = Speculation(
-            speculator, is_greedy=sampling.temperature == 0, num_kept_prompts=num_kept_prompts
+            speculator,
+            is_greedy=sampling.temperature == 0,
+            num_kept_prompts=num_kept_prompts,
+            tokenizer=tokenizer,
         )
         num_top = self._speculation.num_top
         plain = None

@@ -6,6 +6,7 @@ Used by: `engine.Engine`.
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,29 +18,51 @@ from streaminator.speculative.speculator import MAX_REJECTED, Gain, Store
 from streaminator.speculative.store import SpeculatorStore
 from streaminator.speculative.verify import Verdict
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class Speculation:
     """A store of speculators and the budget of its drafts; with speculation off it does nothing."""
 
-    def __init__(self, config: SpeculatorConfig, *, is_greedy: bool, num_kept_prompts: int) -> None:
-        """`num_kept_prompts`: finished prompts whose speculators stay, for when they come again."""
+    def __init__(
+        self,
+        config: SpeculatorConfig,
+        *,
+        is_greedy: bool,
+        num_kept_prompts: int,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+    ) -> None:
+        """`num_kept_prompts`: finished prompts whose speculators stay, for when they come again;
+        `tokenizer` says what numbers are."""
         self._config = config
         self._is_on = config.spec_decoding
         self.has_budget = self._is_on and config.speculator == "memory"
         """Whether a `budget` decides how many drafts are verified."""
-        self.store = self._make_store(is_greedy, num_kept_prompts)
+        self.store = self._make_store(is_greedy, num_kept_prompts, tokenizer)
         learned = self.store.num_top if self._is_on else 0
         self.num_top = config.num_top_tokens if config.store_distributions else learned
         """The model's most likely tokens that a step is to tell at each position."""
         self.budget: DraftBudget | None = None
 
-    def _make_store(self, is_greedy: bool, num_kept_prompts: int) -> Store:
+    def _make_store(
+        self,
+        is_greedy: bool,
+        num_kept_prompts: int,
+        tokenizer: "PreTrainedTokenizerBase | None",
+    ) -> Store:
         if not self.has_budget:
             return SpeculatorStore(self._config, num_kept_prompts=num_kept_prompts)
         # Imported late: its compiled loops take a moment to load.
         from streaminator.speculative.memory_store import MemoryStore
+        from streaminator.speculative.memory_texts import number_tokens
 
-        return MemoryStore(self._config, is_greedy=is_greedy, num_kept_prompts=num_kept_prompts)
+        return MemoryStore(
+            self._config,
+            is_greedy=is_greedy,
+            num_kept_prompts=num_kept_prompts,
+            numbers=None if tokenizer is None else number_tokens(tokenizer),
+        )
 
     def start(self, sequence: Sequence) -> None:
         """A completion begins."""

@@ -14,10 +14,11 @@ Invariants
 - Work is linear in tokens drafted and tokens committed. Growing a table costs its size, which
   doubles: constant per token.
 
-A token that is new in all its contexts costs 11 rows of 32 bytes in its prompt's table and 6 in the
-shared one; tables are between 0.4 and 0.8 full: 440 to 880 bytes and 240 to 480. A token already
+A token that is new in all its contexts costs 10 rows of 32 bytes in its prompt's table and 7 in the
+shared one; tables are between 0.4 and 0.8 full: 400 to 800 bytes and 280 to 560. A token already
 known in its contexts costs nothing, its distribution at most two rows in either table. Beside the
-tables an open prompt holds 16 KiB without noise: where which token stood last.
+tables an open prompt holds 16 KiB without noise: where which token stood last; a running sequence
+9 KiB: its text.
 
 Used by: `memory_store` (the stream), `replay`.
 """
@@ -34,16 +35,17 @@ from streaminator.speculative import memory_kernels as kernels
 from streaminator.speculative import memory_learning as learning
 from streaminator.speculative import memory_rates as rates
 from streaminator.speculative.arena import Arena
+from streaminator.speculative.memory_correction import Correction, begin
 from streaminator.speculative.memory_mixing import new_scratch
 from streaminator.speculative.memory_tables import (
     CLOCK,
-    MAX_ORDER,
     NUM_CONTEXTS,
     NUM_ROWS,
     NUM_SHARED_CONTEXTS,
     NUM_SLOTS,
     ROW_BYTES,
     START,
+    TAIL,
     USED_OVERFLOW,
     USED_SLOTS,
     Ints,
@@ -84,6 +86,7 @@ class Memory:
         min_survival: no token less likely to be accepted is drafted.
         learns_prompts: whether a prompt's own text is observed.
         learns_completions: whether completions are.
+        numbers: [V] which tokens are parts of numbers; None: not known.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Memory:
         min_survival: float = 0.1,
         learns_prompts: bool = True,
         learns_completions: bool = True,
+        numbers: NDArray[np.bool_] | None = None,
     ) -> None:
         self._arena = Arena(max_bytes)
         num_rows = len(self._arena.rows)
@@ -108,12 +112,15 @@ class Memory:
         self._tables = np.zeros((8, 6), np.int64)
         self._free_tables = list(range(7, 0, -1))
         self._prompts: dict[str, int] = {}  # least recently started first
-        self._running = np.zeros((8, 6), np.int64)
-        self._tails = np.zeros((8, MAX_ORDER), np.int64)
+        self._running = np.zeros((8, rates.NUM_COLUMNS), np.int64)
+        self._tails = np.zeros((8, TAIL), np.int64)
         self._predictions = np.zeros((8, MAX_DRAFT, 4 + len(self._strengths)), np.int64)
         self._free_handles = list(range(7, -1, -1))
         self._scratch = new_scratch()
         self._starts: dict[str, tuple[int, ...]] = {}
+        self._num_prompt: dict[str, int] = {}
+        none = np.zeros(0, np.bool_)
+        self._correction = Correction.of(8, none if numbers is None else numbers)
         self._mixing = np.zeros(rates.MIXING_SHAPE)
         # Where noise tells the candidates apart the factors of recency lost (DECISIONS 0018).
         self._seen = np.zeros((8, 0 if noise else rates.NUM_SEEN), np.int32)
@@ -157,7 +164,8 @@ class Memory:
             self._seen = np.concatenate([self._seen, np.zeros_like(self._seen)])
             self._free_tables = list(range(2 * size - 1, size - 1, -1))
         self._prompts[prompt_id] = self._free_tables.pop()
-        self._starts[prompt_id] = tuple(prompt_token_ids[-MAX_ORDER:])
+        self._starts[prompt_id] = tuple(prompt_token_ids[-TAIL:])
+        self._num_prompt[prompt_id] = len(prompt_token_ids)
         self._revive(prompt_id)
         if self._learns_prompts:
             handle = self._new_handle(prompt_id, (), 0)
@@ -185,7 +193,7 @@ class Memory:
     def close(self, prompt_id: str) -> None:
         """Forget a prompt; what the shared tier learned from it stays."""
         table = self._prompts.pop(prompt_id)
-        del self._starts[prompt_id]
+        del self._starts[prompt_id], self._num_prompt[prompt_id]
         self._drop(table)
         self._tables[table] = 0
         self._seen[table] = 0
@@ -204,7 +212,11 @@ class Memory:
         """
         self._prompts[prompt_id] = self._prompts.pop(prompt_id)
         self._revive(prompt_id)
-        return self._new_handle(prompt_id, token_ids, noise_key)
+        handle = self._new_handle(prompt_id, token_ids, noise_key)
+        begin(
+            self._correction, handle, self._running[handle], token_ids, self._num_prompt[prompt_id]
+        )
+        return handle
 
     def finish(self, handle: int) -> None:
         """The completion has ended."""
@@ -223,7 +235,7 @@ class Memory:
         kernels.draft(
             self._arena.rows, self._tables, self._running, self._tails, handles, caps,
             self.min_survival, self._mixing, self._seen, self._recency, self._hits, self._second_hits,
-            self._strengths, self._noise_hits, self._shared, self._predictions,
+            self._strengths, self._noise_hits, self._shared, self._correction, self._predictions,
             kernels.new_chains(len(handles), tokens.shape[2], len(self._strengths)),
             self._scratch, tokens, survival,
         )  # fmt: skip
@@ -263,7 +275,7 @@ class Memory:
         learning.learn(
             self._arena.rows, self._tables, self._running, self._tails, handles, tokens, lengths,
             rejected, num_rejected, top_ids, top_probs, self._mixing, self._seen, self._recency, self._num_learned, self._hits, self._second_hits, self._noise_hits, self._predictions,
-            self._learns_completions, self._shared and self._learns_completions, True,
+            self._correction, self._learns_completions, self._shared and self._learns_completions, True,
             _room_for(lengths + num_rejected), self._scratch,
         )  # fmt: skip
 
@@ -288,7 +300,7 @@ class Memory:
                 self._arena.rows, self._tables, self._running, self._tails, handles, tokens,
                 lengths, rejected, num_rejected, top_ids, top_probs, self._mixing, self._seen,
                 self._recency, self._num_learned, self._hits, self._second_hits,
-                self._noise_hits, self._predictions, True, shared, False,
+                self._noise_hits, self._predictions, self._correction, True, shared, False,
                 _room_for(lengths + num_rejected), self._scratch,
             )  # fmt: skip
 
@@ -299,11 +311,12 @@ class Memory:
             self._tails = np.concatenate([self._tails, np.zeros_like(self._tails)])
             more = np.zeros_like(self._predictions)
             self._predictions = np.concatenate([self._predictions, more])
+            self._correction = self._correction.widened(size)
             self._free_handles = list(range(2 * size - 1, size - 1, -1))
         handle = self._free_handles.pop()
-        tail = token_ids[-MAX_ORDER:]
-        self._tails[handle, MAX_ORDER - len(tail) :] = tail
-        self._running[handle] = (self._prompts[prompt_id], len(tail), 0, noise_key, 0, 0)
+        tail = token_ids[-TAIL:]
+        self._tails[handle, TAIL - len(tail) :] = tail
+        self._running[handle] = (self._prompts[prompt_id], len(tail), 0, noise_key, 0, 0, 0, 0)
         return handle
 
     def _make_room(self, handles: Ints, lengths: Ints, rows_per_context: float) -> None:
@@ -382,4 +395,4 @@ class Memory:
 
 def _room_for(lengths: Ints) -> Ints:
     """An array for the longest text, and the tokens before it."""
-    return np.empty(MAX_ORDER + int(lengths.max(initial=0)), np.int64)
+    return np.empty(TAIL + int(lengths.max(initial=0)), np.int64)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # In compiled code the integers of Python and numpy are one.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
-"""Compiled loops of the memory: mix the orders, draft chains and second choices.
+"""Compiled loops of the memory: mix the orders, correct, draft chains and second choices.
 
 Mixing. Each context known so far gives an estimate of the next token, its continuations' shares.
 From the longest match of the prompt's own table down, then the same in the shared table, a
@@ -11,6 +11,9 @@ online by expectation-maximisation (interpolation weights as in Jelinek and Merc
 bucket). A candidate's mass is then multiplied by a factor for how long ago it stood in its
 prompt's text (what other prompts said is less likely here if it names what was never named
 here); the factors are fitted by gradient.
+
+Correction. The likeliest candidates' masses are then corrected by what the sequence's own text says
+about each (`memory_correction`).
 
 Survival. What a mixture says of itself is overconfident. The hit rate of a drafted token is
 learned per bucket of what was known when it was drafted, backed off to coarser buckets.
@@ -30,12 +33,23 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.speculative.memory_correction import (
+    Correction,
+    correct,
+    find_features,
+    keep,
+    keep_likeliest,
+    pop,
+    push,
+)
 from streaminator.speculative.memory_mixing import Scratch, mix_tier
 from streaminator.speculative.memory_noise import choose
 from streaminator.speculative.memory_rates import (
     KNOWN,
+    LENGTH,
     MATCH_BINS,
     NOISE_KEY,
+    NUM_PROMPT,
     NUM_SEEN,
     NUM_SHARES,
     POSITION,
@@ -54,8 +68,8 @@ from streaminator.speculative.memory_tables import (
     CLOCK,
     FIRST_SHARED,
     GAPPED,
-    MAX_ORDER,
     NUM_CONTEXTS,
+    TAIL,
     fetch_rows,
     hash_contexts,
 )
@@ -80,8 +94,8 @@ def new_chains(num: int, width: int, num_strengths: int) -> Chains:
     """Arrays for `num` chains of at most `width` tokens."""
     return Chains(
         keys=np.empty((num, NUM_CONTEXTS), np.uint64),
-        text=np.empty((num, MAX_ORDER + width), np.int64),
-        restore=np.empty((num, width), np.int32),
+        text=np.empty((num, TAIL + width), np.int64),
+        restore=np.empty((num, width, 2), np.int32),
         survivals=np.ones(num),
         starts=np.zeros(num, np.int64),
         waiting=np.arange(num),
@@ -115,6 +129,7 @@ def draft(
     strengths: Floats,
     noise_hits: Floats,
     use_shared: bool,
+    correction: Correction,
     predictions: Ints,
     chains: Chains,
     scratch: Scratch,
@@ -133,6 +148,7 @@ def draft(
         mixing, recency, hits, second_hits, strengths, noise_hits: what was learned about each.
         seen: [tables, NUM_SEEN] where tokens stood last, [tables, 0]: without factors of recency.
         use_shared: whether the shared table is mixed in.
+        correction: of the mixture; the first drafted token's candidates are kept there.
         predictions: [H, K, 4 + S] token, bucket, second choice (-1: none) and its share, and the
             token by each strength.
         chains, scratch: arrays to work in, `chains` new ones.
@@ -146,13 +162,14 @@ def draft(
     uses_recency = seen.shape[1] > 0
     keys, text, restore, survivals, starts, waiting, picks = chains
     tokens, masses = scratch.tokens, scratch.masses
+    features, logs = scratch.features, scratch.scores[0]
     num_waiting = num
     for n in range(num):
         state = running[handles[n]]
         state[PREDICTED] = 0
-        for index in range(MAX_ORDER):
+        for index in range(TAIL):
             text[n, index] = tails[handles[n], index]
-        hash_contexts(text[n], MAX_ORDER, state[KNOWN], keys[n])
+        hash_contexts(text[n], TAIL, state[KNOWN], correction.numbers, keys[n])
         fetch_rows(rows, tables[state[TABLE]], tables[0], keys[n], 0, use_shared)
     # A token of each at a time, so that the rows it needs come from memory meanwhile.
     for step in range(width):
@@ -164,7 +181,7 @@ def draft(
             handle = handles[n]
             state = running[handle]
             own, own_seen = tables[state[TABLE]], seen[state[TABLE]]
-            end = MAX_ORDER + step
+            end = TAIL + step
             clock = own[CLOCK] + step
             size, rest, matters, longest, count = mix_tier(
                 rows, own, 0, keys[n], starts[n], mixing, own_seen, clock, recency, scratch,
@@ -175,6 +192,7 @@ def draft(
             match = 0
             if longest < NUM_CONTEXTS:
                 match = (NUM_CONTEXTS - longest) * MATCH_BINS + log_bin(count, MATCH_BINS)
+            own_longest = longest
             if use_shared and matters:
                 size, rest, _, longest, _ = mix_tier(
                     rows, tables[0], 1, keys[n], FIRST_SHARED, mixing, own_seen, clock, recency,
@@ -184,6 +202,14 @@ def draft(
                     match = min(NUM_CONTEXTS - longest, MATCH_BINS - 1)
             if size == 0:
                 continue
+            size = keep_likeliest(tokens, masses, size)
+            history, length = correction.histories[handle], state[LENGTH] + step
+            find_features(
+                history, length, state[NUM_PROMPT], tokens, size, correction.numbers, features
+            )
+            correct(correction.weights, own_longest, masses, size, features, logs)
+            if step == 0:
+                keep(correction, handle, own_longest, tokens, masses, size, logs, features)
             strength = _best_strength(noise_hits, match)
             position = state[POSITION] + step
             is_new = noise_hits[match, strength] < _ENOUGH_TRIALS
@@ -206,9 +232,10 @@ def draft(
             survivals[n] = survival
             token = tokens[pick]
             text[n, end] = token
+            # For the rest of the chain it has been said.
+            restore[n, step, 1] = push(history, length, token, correction.numbers)
             if uses_recency:
-                # For the rest of the chain it has been said.
-                restore[n, step] = own_seen[token & (NUM_SEEN - 1)]
+                restore[n, step, 0] = own_seen[token & (NUM_SEEN - 1)]
                 own_seen[token & (NUM_SEEN - 1)] = clock + 1
             guess = predictions[handle, step]
             guess[0], guess[1], guess[2] = token, bucket, -1
@@ -232,20 +259,23 @@ def draft(
                     out_tokens[n, 1, step] = tokens[second]
                     out_survival[n, 1, step] = chance
             if step + 1 < caps[n]:
-                known = min(state[KNOWN] + step + 1, MAX_ORDER)
-                hash_contexts(text[n], end + 1, known, keys[n])
+                known = min(state[KNOWN] + step + 1, TAIL)
+                hash_contexts(text[n], end + 1, known, correction.numbers, keys[n])
                 fetch_rows(rows, own, tables[0], keys[n], starts[n], use_shared)
                 waiting[num_left] = n
                 num_left += 1
         num_waiting = num_left
     for n in range(num):
         _keep_best(out_survival[n], caps[n])
-    for step in range(width - 1 if uses_recency else -1, -1, -1):
+    for step in range(width - 1, -1, -1):
         for n in range(num - 1, -1, -1):
             state = running[handles[n]]
             if step < state[PREDICTED]:
-                place = text[n, MAX_ORDER + step] & (NUM_SEEN - 1)
-                seen[state[TABLE], place] = restore[n, step]
+                if uses_recency:
+                    place = text[n, TAIL + step] & (NUM_SEEN - 1)
+                    seen[state[TABLE], place] = restore[n, step, 0]
+                history = correction.histories[handles[n]]
+                pop(history, state[LENGTH] + step, restore[n, step, 1])
 
 
 @jit

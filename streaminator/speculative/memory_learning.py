@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # In compiled code the integers of Python and numpy are one.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
-"""Compiled loop of the memory: count what was drawn and what verifying has told, and learn rates.
+"""Compiled loop of the memory: count what was drawn and what verifying has told, learn rates and the
+correction.
 
 Used by: `memory`.
 """
@@ -9,6 +10,7 @@ Used by: `memory`.
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.speculative.memory_correction import Correction, extend, learn_correction
 from streaminator.speculative.memory_mixing import (
     ENOUGH,
     Scratch,
@@ -18,6 +20,7 @@ from streaminator.speculative.memory_rates import (
     KNOWN,
     NUM_SEEN,
     POSITION,
+    PREDICTED,
     TABLE,
     Floats,
     learn_hits,
@@ -28,9 +31,9 @@ from streaminator.speculative.memory_records import jit
 from streaminator.speculative.memory_tables import (
     CLOCK,
     FIRST_SHARED,
-    MAX_ORDER,
     NUM_CONTEXTS,
     NUM_SLOTS,
+    TAIL,
     Ints,
     Rows,
     count_token,
@@ -38,7 +41,7 @@ from streaminator.speculative.memory_tables import (
     hash_contexts,
 )
 
-_LONG = 8  # place of the shortest own match that spares the shared table
+_LONG = 7  # place of the shortest own match that spares the shared table
 _EAGER, _SELDOM = 8192, 4  # parts are fitted to the first tokens, then to every fourth
 
 
@@ -63,6 +66,7 @@ def learn(
     second_hits: Floats,
     noise_hits: Floats,
     predictions: Ints,
+    correction: Correction,
     own_tier: bool,
     use_shared: bool,
     learns_rates: bool,
@@ -73,7 +77,7 @@ def learn(
 
     `top_ids`, `top_probs` [m + r, M] hold each new token's distribution, and what would have
     followed each of the `rejected` drafts (`num_rejected` of each handle), handle by handle;
-    M = 0: tokens only. `text` has room for MAX_ORDER tokens before a handle's own.
+    M = 0: tokens only. `text` has room for TAIL tokens before a handle's own.
     """
     tokens, masses, ages, keys = scratch.tokens, scratch.masses, scratch.ages, scratch.keys
     found, gradient = scratch.found, scratch.gradient
@@ -84,18 +88,22 @@ def learn(
         first_row = first + first_rejected
         state = running[handle]
         own, shared, own_seen = tables[state[TABLE]], tables[0], seen[state[TABLE]]
-        for index in range(MAX_ORDER):
+        for index in range(TAIL):
             text[index] = tails[handle, index]
         for index in range(num):
-            text[MAX_ORDER + index] = new[first + index]
+            text[TAIL + index] = new[first + index]
         if learns_rates:
             drawn = new[first : first + num]
+            if state[PREDICTED] and num:
+                ids, probs = top_ids[first_row], top_probs[first_row]
+                learn_correction(correction, handle, drawn[0], ids, probs, masses)
+            extend(correction.histories[handle], state, drawn, correction.numbers)
             learn_hits(state, predictions[handle], drawn, hits, second_hits, noise_hits)
         for index in range(num):
-            end = MAX_ORDER + index
-            known = min(state[KNOWN] + index, MAX_ORDER)
+            end = TAIL + index
+            known = min(state[KNOWN] + index, TAIL)
             ids, probs = top_ids[first_row + index], top_probs[first_row + index]
-            hash_contexts(text, end, known, keys)
+            hash_contexts(text, end, known, correction.numbers, keys)
             num_learned[0] += learns_rates
             if learns_rates and (num_learned[0] < _EAGER or num_learned[0] % _SELDOM == 0):
                 find_all(rows, own, keys, 0, found[0])
@@ -126,16 +134,17 @@ def learn(
             # What a long match of its own prompt foretells, the others need not be told again.
             if use_shared and (knew > _LONG or len(ids) > 0):
                 count_token(rows, shared, keys, FIRST_SHARED, 2, text[end], ids, probs)
-        for index in range(MAX_ORDER):
+        for index in range(TAIL):
             tails[handle, index] = text[num + index]
         for index in range(num_rejected[n] if own_tier and own[NUM_SLOTS] > 0 else 0):
             # The first one stands where the last of the new tokens was drawn instead.
-            end = MAX_ORDER + num + index
+            end = TAIL + num + index
             text[end - 1] = rejected[first_rejected + index]
             ids, probs = top_ids[first_row + num + index], top_probs[first_row + num + index]
-            hash_contexts(text, end, min(state[KNOWN] + num + index, MAX_ORDER), keys)
+            known = min(state[KNOWN] + num + index, TAIL)
+            hash_contexts(text, end, known, correction.numbers, keys)
             count_token(rows, own, keys, 0, 2, ids[0], ids, probs)
-        state[KNOWN] = min(state[KNOWN] + num, MAX_ORDER)
+        state[KNOWN] = min(state[KNOWN] + num, TAIL)
         state[POSITION] += num
         first += num
         first_rejected += num_rejected[n]

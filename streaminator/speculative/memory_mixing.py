@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.speculative.memory_correction import MOST, NUM_FEATURES
 from streaminator.speculative.memory_rates import NUM_AGES, Floats, age_of, kind_of, part_of
 from streaminator.speculative.memory_records import (
     EMPTY,
@@ -29,6 +30,7 @@ from streaminator.speculative.memory_records import (
 )
 from streaminator.speculative.memory_tables import (
     GAPPED,
+    LAST_GAPPED,
     NUM_CONTEXTS,
     NUM_SLOTS,
     SCALE,
@@ -60,6 +62,7 @@ class Scratch(NamedTuple):
     hints: Ints
     near: Ints
     scores: Floats
+    features: Rows
     keys: NDArray[np.uint64]
     found: Ints
     places: Ints
@@ -78,6 +81,7 @@ def new_scratch() -> Scratch:
         hints=np.zeros(NUM_HINTS, np.int64),
         near=np.empty((2, MAX_CANDIDATES), np.int64),
         scores=np.empty((2, MAX_CANDIDATES)),
+        features=np.empty((MOST, NUM_FEATURES), np.int32),
         keys=np.empty(NUM_CONTEXTS, np.uint64),
         found=np.empty((2, NUM_CONTEXTS), np.int64),
         places=np.empty((2 * NUM_CONTEXTS, 4), np.int64),
@@ -123,7 +127,7 @@ def mix_tier(
         if row < 0:
             continue
         total, distinct = total_of(rows, row)
-        if longest == NUM_CONTEXTS and not GAPPED <= place <= GAPPED + 1:
+        if longest == NUM_CONTEXTS and not GAPPED <= place <= LAST_GAPPED:
             longest, count = place, total // SCALE
         part = part_of(mixing, tier, place, kind_of(total, distinct))
         here = rest * part

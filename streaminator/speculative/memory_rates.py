@@ -59,8 +59,9 @@ _RATE = 0.1
 _MEMORY = 4096.0  # observations after which a learned rate halves its past
 _HITS_MEMORY = 256.0  # a hit rate: it climbs from generation to generation
 
-# Columns of a running sequence's integers.
-TABLE, KNOWN, POSITION, NOISE_KEY, RUN, PREDICTED = range(6)
+NUM_COLUMNS = 8
+# Columns of a running sequence's integers; the last: its text's tokens, those of the prompt.
+TABLE, KNOWN, POSITION, NOISE_KEY, RUN, PREDICTED, LENGTH, NUM_PROMPT = range(NUM_COLUMNS)
 
 Floats = NDArray[np.float64]
 

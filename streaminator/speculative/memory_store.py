@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence as Seq
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streaminator.config import SpeculatorConfig
 from streaminator.sequence import Prompt, Sequence
@@ -31,9 +32,15 @@ class MemoryStore:
     the model said after the first rejected drafts."""
 
     def __init__(
-        self, config: SpeculatorConfig, *, is_greedy: bool, num_kept_prompts: int = 0
+        self,
+        config: SpeculatorConfig,
+        *,
+        is_greedy: bool,
+        num_kept_prompts: int = 0,
+        numbers: NDArray[np.bool_] | None = None,
     ) -> None:
-        """`num_kept_prompts`: how many dropped prompts' memories stay, the latest ones."""
+        """`num_kept_prompts`: how many dropped prompts' memories stay, the latest ones; `numbers`
+        [V]: which tokens are parts of numbers, if that is known."""
         self.num_top = 0 if is_greedy or not config.generation_training else config.num_top_tokens
         self._memory = Memory(
             max_bytes=config.speculator_memory << 20,
@@ -41,6 +48,7 @@ class MemoryStore:
             noise=config.draft_noise and not is_greedy,
             learns_prompts=config.prompt_training,
             learns_completions=config.generation_training,
+            numbers=numbers,
         )
         _warm_up()
         self._open: set[str] = set()

@@ -38,17 +38,21 @@ from streaminator.speculative.memory_records import (
 )
 
 MAX_ORDER = 12
-NUM_CONTEXTS = 11
-"""Before each token, most telling first: the last 12, 10, 8, 6, 5, 4 tokens, two with a gap (tokens
-1, 3, 4 and 2, 3, 4 from the end: what survives where one number differs), the last 3, 2, 1."""
-FIRST_SHARED = 5
+TAIL = 24
+"""Tokens that contexts are made of: in some of them a number may be long."""
+NUM_CONTEXTS = 10
+"""Before each token, most telling first: the last 12, 8, 6, 4 tokens, three with gaps (the last 6
+words and numbers, whatever the numbers are; tokens 2, 3, 4 from the end; the last 3 words and
+numbers), the last 3, 2, 1 tokens."""
+FIRST_SHARED = 3
 """Contexts from here on are kept across prompts; longer ones gain nothing there."""
 NUM_SHARED_CONTEXTS = NUM_CONTEXTS - FIRST_SHARED
 _PLACE = np.full(MAX_ORDER + 1, -1)
-_PLACE[[1, 2, 3, 4, 5, 6, 8, 10, 12]] = [10, 9, 8, 5, 4, 3, 2, 1, 0]
+_PLACE[[1, 2, 3, 4, 6, 8, 12]] = [9, 8, 7, 3, 2, 1, 0]
 """Place of the last n tokens among the contexts."""
-GAPPED = 6
-"""First of the two with a gap."""
+GAPPED, LAST_GAPPED = 4, 6
+"""Those with gaps."""
+_NUMBER = 1 << 40  # stands for any number
 SCALE = 1024
 MAX_OVERFLOW = 5
 """Overflow rows per context: 2 + 5 * 3 = 17 continuations; the least makes room for a new one."""
@@ -74,18 +78,39 @@ def mix64(x: int) -> int:
 
 
 @jit_inline
-def hash_contexts(text: Ints, end: int, known: int, keys: NDArray) -> None:
+def is_number(numbers: NDArray[np.bool_], token: int) -> bool:
+    """Whether a token is part of a number, by the marks that the memory was given."""
+    return token < len(numbers) and numbers[token]
+
+
+@jit_inline
+def hash_contexts(
+    text: Ints, end: int, known: int, numbers: NDArray[np.bool_], keys: NDArray
+) -> None:
     """Keys of the contexts before `text[end]`, `known` tokens of which are there; 0: no such."""
     keys[:] = 0
     key = _ONE
-    for n in range(1, known + 1):
+    for n in range(1, min(known, MAX_ORDER) + 1):
         key = _extend(key, text[end - n])
         if _PLACE[n] >= 0:
             keys[_PLACE[n]] = _digest(key)
     if known >= 4:
         key = _extend(_extend(_ONE, text[end - 4]), text[end - 3])
-        keys[GAPPED] = _digest(_extend(key, text[end - 1]) ^ _STEP)
         keys[GAPPED + 1] = _digest(~_extend(key, text[end - 2]))
+    key, words, index = _ONE, 0, end - 1
+    while words < 6 and index >= end - known:
+        token = text[index]
+        index -= 1
+        if is_number(numbers, token):
+            token = _NUMBER
+            while index >= end - known and is_number(numbers, text[index]):
+                index -= 1
+        key = _extend(key, token)
+        words += 1
+        if words == 3:
+            keys[LAST_GAPPED] = _digest(key ^ _MIX1)
+    if words == 6:
+        keys[GAPPED] = _digest(key ^ _MIX2)
 
 
 @jit_inline
@@ -148,7 +173,7 @@ def find_all(rows: Rows, table: Ints, keys: NDArray, first: int, found: Ints) ->
         return longest
     misses = False
     for place in range(NUM_CONTEXTS - 1, first - 1, -1):
-        is_gapped = GAPPED <= place <= GAPPED + 1
+        is_gapped = GAPPED <= place <= LAST_GAPPED
         if keys[place] == 0 or (misses and not is_gapped):
             continue
         row = find(rows, table, keys[place])
@@ -260,7 +285,7 @@ def count_token(
         table[USED_OVERFLOW] += num_rows
     num_knew, knew = 0, NUM_CONTEXTS
     for place in range(first, NUM_CONTEXTS):
-        is_gapped = GAPPED <= place <= GAPPED + 1
+        is_gapped = GAPPED <= place <= LAST_GAPPED
         if keys[place] == 0 or (num_knew >= excluded_after and not is_gapped):
             continue
         row = find(rows, table, keys[place])

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts that the memory learns without drafting them, in the pieces it takes them in.
+"""Texts that the memory learns without drafting them, in the pieces it takes them in; which tokens
+are numbers.
 
-Used by: `memory`.
+Used by: `memory`, `engine.Engine`, `streaminator.cli_replay`.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from streaminator.sequence import Distributions
 from streaminator.speculative.memory_records import Ints
 
+_SPACES = " \u0120\u2581"  # as byte-level BPE and SentencePiece write them, too
 NOTHING = np.zeros(0, np.int64)
 
 
@@ -47,3 +50,9 @@ def steps(token_ids: Sequence[int], top: Distributions) -> Iterator[Step]:
             probs.astype(np.float32),
         )
         first, first_rejected = own.stop, others.stop
+
+
+def number_tokens(tokenizer: Any) -> NDArray[np.bool_]:
+    """[V] which of a tokenizer's tokens are digits only, but for a space before them."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return np.array([(token or "").lstrip(_SPACES).isdecimal() for token in tokens], np.bool_)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from streaminator.data.files import list_parts, reason, resolve
 from streaminator.data.rows import Row, load_file
@@ -83,6 +84,8 @@ class Log:
     prompts: dict[str, _Prompt] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """What the user should know, one line each."""
+    numbers: NDArray[np.bool_] | None = None
+    """[V] which tokens are parts of numbers, where the tokenizer is known."""
 
 
 def read_log(source: str, columns: Columns) -> Log:

@@ -21,6 +21,9 @@ Guesses = tuple[Ints, NDArray[np.float32]]
 beside them (NaN: not known; 0: no token here)."""
 
 
+Numbers = NDArray[np.bool_]
+
+
 class ReplaySpeculator(Protocol):
     """What the replay asks of a speculator; at most one running completion per prompt."""
 
@@ -227,19 +230,20 @@ REGIMES = {"both": (True, True), "prompt": (True, False), "generations": (False,
 class Kind(NamedTuple):
     """A speculator that can be asked for by name."""
 
-    make: Callable[[str, float], ReplaySpeculator]
-    """Of a regime and the least survival worth drafting."""
+    make: Callable[[str, float, Numbers | None], ReplaySpeculator]
+    """Of a regime, the least survival worth drafting and [V] which tokens are numbers."""
     regimes: tuple[str, ...] = tuple(REGIMES)
     has_min_survival: bool = False
 
 
 def _memory(**options: Any) -> Kind:
-    def make(regime: str, min_survival: float) -> ReplaySpeculator:
+    def make(regime: str, min_survival: float, numbers: Numbers | None) -> ReplaySpeculator:
         prompts, completions = REGIMES[regime]
         return MemoryReplay(
             learns_prompts=prompts,
             learns_completions=completions,
             min_survival=min_survival,
+            numbers=numbers,
             **options,
         )
 
@@ -247,7 +251,7 @@ def _memory(**options: Any) -> Kind:
 
 
 def _ngram(order: int) -> Kind:
-    def make(regime: str, _: float) -> ReplaySpeculator:
+    def make(regime: str, *_: Any) -> ReplaySpeculator:
         prompts, completions = REGIMES[regime]
         return NGramReplay(order, learns_prompts=prompts, learns_completions=completions)
 

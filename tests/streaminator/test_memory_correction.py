@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the memory drafts of its own text's making: copies, and words around other numbers."""
+
+import numpy as np
+
+from streaminator.speculative.memory import Memory
+
+SMALL = 1 << 20
+
+
+def hits(memory: Memory, prompt_id: str, prompt: list[int], text: list[int]) -> list[bool]:
+    """Whether each token of `text` was the first one drafted."""
+    handle = np.array([memory.start(prompt_id, prompt, 0)])
+    right = []
+    for token in text:
+        drafts = memory.draft(handle, np.array([1]))
+        right.append(bool(drafts.lengths[0] and drafts.tokens[0, 0, 0] == token))
+        memory.commit(handle, np.array([token]), np.array([1]))
+    memory.finish(int(handle[0]))
+    return right
+
+
+def copying(rng: np.random.Generator) -> list[int]:
+    """`= x >> x` with other words between and behind."""
+    x = int(rng.integers(100, 140))
+    return [*rng.integers(100, 140, 3).tolist(), 1, x, 2, x, *rng.integers(100, 140, 3).tolist()]
+
+
+def test_what_is_copied_is_learned_across_prompts():
+    rng = np.random.default_rng(0)
+    memory = Memory(max_bytes=SMALL, min_survival=0)
+    rates = []
+    for index in range(400):
+        prompt = rng.integers(100, 140, 8).tolist()
+        memory.open(str(index), prompt, ())
+        rates.append(hits(memory, str(index), prompt, copying(rng))[6])
+        memory.close(str(index))
+    assert np.mean(rates[:40]) < 0.4
+    assert np.mean(rates[-100:]) > 0.6
+
+
+def test_a_text_longer_than_what_is_kept_of_it_is_drafted_on():
+    memory = Memory(max_bytes=SMALL, min_survival=0)
+    text = [7, 8, 9, 10] * 400
+    memory.open("", text[:700], ())
+    assert all(hits(memory, "", text[:700], text[700:]))
+
+
+def test_words_around_other_numbers_are_drafted():
+    numbers = np.zeros(64, np.bool_)
+    numbers[10:20] = True
+    story = [30, 31, 10, 32, 33]
+    other = [30, 31, 15, 16, 32]
+    results = []
+    for known in (None, numbers):
+        memory = Memory(max_bytes=SMALL, min_survival=0, numbers=known)
+        memory.open("", [40, 41, 42], ())
+        for _ in range(3):
+            hits(memory, "", [40, 41, 42], story)
+        results.append(hits(memory, "", [40, 41, 42], other)[4])
+    assert results == [False, True]
