@@ -162,7 +162,7 @@ def test_the_end_waits_for_no_worker_that_still_opens_the_run(cluster, tmp_path,
             if self._worker == 1:
                 time.sleep(15)
                 (tmp_path / "opened").touch()
-            super().open(run)
+            return super().open(run)
 
     def make_pool(config: JobConfig) -> RayPool:
         return RayPool(config, num_workers=2, num_cpus=0.5, num_gpus=0, worker_class=SlowToOpen)
