@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.cluster]
 
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "1"))
 # 20 s of work for two workers: a kill after the first part, 5 s in, finds the run under way.
-FLAGS = ["--num_samples", "48", "--num_completions", "24", "--max_length", "96"]
+FLAGS = ["--num_samples", "48", "--num_completions", "48", "--max_length", "96"]
 FLAGS += ["--stream_width", "4"]
 
 
