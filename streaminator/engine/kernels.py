@@ -241,6 +241,7 @@ class KernelProduct:
             x.numel() // self._num_inputs,
             self._num_outputs,
             self._num_inputs,
+            None,
             self._num_threads,
         )
         if failed:
@@ -291,7 +292,7 @@ def _load(is_bf16: bool, head_dim: int) -> Any:
     library.run_layers.argtypes = (*(pointer,) * 5, integer, pointer, integer, number)
     library.room_of.argtypes, library.room_of.restype = (pointer,), integer
     library.pack_weight.argtypes = (*(pointer,) * 2, integer, integer)
-    library.product.argtypes = (*(pointer,) * 5, *(integer,) * 3, number)
+    library.product.argtypes = (*(pointer,) * 5, *(integer,) * 3, pointer, number)
     library.sample.argtypes = (*(pointer,) * 7, integer, pointer, number)
     for procedure in (library.rms_norm, library.silu_mul, library.pack_weight):
         procedure.restype = None

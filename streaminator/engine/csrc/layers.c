@@ -11,11 +11,12 @@
 // Layouts, for K KV heads: a block of keys [K, HEAD_DIM / PAIR, BLOCK, PAIR], of values [K, BLOCK /
 // PAIR, HEAD_DIM, PAIR].
 
-#include "vectors.h"
+#include "products.h"
 
 #define TILE 4        // rows that share what is loaded of keys and values
 #define TASK_ROWS 32  // rows of one KV head that a thread takes at a time
 #define SLICE 4       // vectors of a value that are summed up in registers
+#define MOST_PIECES 1024  // 8 MiB of keys and values: what a shared cache keeps until they are read
 
 #if BLOCK != LANES || HEAD_DIM % LANES
 #error "a block is one vector of keys, a head whole vectors"
@@ -73,6 +74,41 @@ typedef struct {
     const int64_t *tables;  // [num_sequences, table_width] blocks
 } Lines;
 
+// The blocks that a sequence's rows see.
+typedef struct {
+    const int64_t *table;
+    int64_t num;
+} Span;
+
+static Span span_of(const Lines *lines, const Shape *shape, int64_t sequence) {
+    int64_t first = lines->firsts[sequence], seen = first - shape->window + 1;
+    int64_t begin = seen > 0 ? seen / BLOCK : 0;
+    int64_t end = (first + lines->counts[sequence] - 1) / BLOCK + 1;
+    return (Span){lines->tables + sequence * lines->table_width + begin, end - begin};
+}
+
+// Rows `row` to `row + num` of a sequence's KV head; a KV head has the rows of all its queries, and
+// in each of these of all heads that share it.
+typedef struct {
+    int64_t sequence, kv_head, row, num;
+} Task;
+
+static int64_t parts_of(const Lines *lines, const Shape *shape, int64_t sequence) {
+    int64_t rows = lines->counts[sequence] * (shape->num_heads / shape->num_kv_heads);
+    return (rows + TASK_ROWS - 1) / TASK_ROWS;
+}
+
+// `until` [num_sequences]: the sequences' tasks, one after another.
+static Task task_of(const Lines *lines, const int64_t *until, const Shape *shape, int64_t index) {
+    int64_t sequence = 0;
+    while (until[sequence] <= index) sequence++;
+    int64_t rows = lines->counts[sequence] * (shape->num_heads / shape->num_kv_heads);
+    int64_t parts = parts_of(lines, shape, sequence);
+    index -= until[sequence] - shape->num_kv_heads * parts;
+    int64_t row = index % parts * TASK_ROWS;
+    return (Task){sequence, index / parts, row, rows - row < TASK_ROWS ? rows - row : TASK_ROWS};
+}
+
 // Rotate a head (Su et al. 2021), after its norm if there is one.
 static void rotate(const scalar *x, const scalar *norm, float eps, const scalar *cosine,
                    const scalar *sine, float *out) {
@@ -104,12 +140,19 @@ static void put(const scalar *key, const scalar *value, scalar *keys, scalar *va
     for (int dim = 0; dim < HEAD_DIM; dim++) to[dim * PAIR] = value[dim];
 }
 
+// Keys that are read next: fetched while this task's values are read.
+typedef struct {
+    const scalar *keys;
+    const int64_t *table;  // [num] blocks
+    int64_t num;
+} Ahead;
+
 // TILE rows of one KV head. `query` [HEAD_DIM / PAIR, TILE]; `out` a pointer for each row.
 static void attend_tile(const pair *query, float scale, const int64_t *positions,
                         const scalar *keys, const scalar *values, int64_t block_stride,
                         const int64_t *table, const scalar *own_key, const scalar *own_value,
                         int64_t own_block, int64_t window, float *scores, int64_t score_stride,
-                        scalar **out) {
+                        const Ahead *ahead, scalar **out) {
     const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     int64_t first = positions[0] - window + 1, last = positions[0];
     for (int row = 1; row < TILE; row++) {
@@ -122,16 +165,13 @@ static void attend_tile(const pair *query, float scale, const int64_t *positions
     for (int64_t block = begin; block < end; block++) {
         const scalar *key = block == own_block ? own_key : keys + table[block] * block_stride;
         const scalar *value = values + table[block] * block_stride;
-        const scalar *next = keys + table[block + 1 < end ? block + 1 : block] * block_stride;
         vec even[TILE], odd[TILE];
 #pragma GCC unroll 4
         for (int row = 0; row < TILE; row++) even[row] = odd[row] = (vec){0};
         for (int at = 0; at < HEAD_DIM / PAIR; at += 2) {
             const scalar *part = key + at * BLOCK * PAIR;
-            __builtin_prefetch(next + at * BLOCK * PAIR);
-            __builtin_prefetch(next + (at + 1) * BLOCK * PAIR);
-            __builtin_prefetch(value + at * BLOCK * PAIR);
-            __builtin_prefetch(value + (at + 1) * BLOCK * PAIR);
+            __builtin_prefetch(value + at * BLOCK * PAIR, 0, 2);
+            __builtin_prefetch(value + (at + 1) * BLOCK * PAIR, 0, 2);
 #pragma GCC unroll 4
             for (int row = 0; row < TILE; row++) {
                 even[row] = add_products(even[row], part, query[at * TILE + row]);
@@ -176,7 +216,13 @@ static void attend_tile(const pair *query, float scale, const int64_t *positions
                 block == own_block ? own_value : values + table[block] * block_stride;
             const scalar *weights = (const scalar *)scores + (block - begin) * BLOCK;
             const int64_t weight_stride = score_stride * (int64_t)(sizeof *scores / sizeof *weights);
-            for (int at = 0; at < BLOCK; at += PAIR)
+            int64_t index = block - begin;
+            const scalar *next =
+                index < ahead->num ? ahead->keys + ahead->table[index] * block_stride : value;
+            for (int at = 0; at < BLOCK; at += PAIR) {
+#pragma GCC unroll 4
+                for (int part = 0; part < num_parts; part++)
+                    __builtin_prefetch(next + at * HEAD_DIM + (from + part * LANES) * PAIR, 0, 2);
 #pragma GCC unroll 4
                 for (int row = 0; row < TILE; row++) {
                     pair weight = pair_at(weights + row * weight_stride + at);
@@ -187,6 +233,7 @@ static void attend_tile(const pair *query, float scale, const int64_t *positions
                                 sums[row][part],
                                 value + at * HEAD_DIM + (from + part * LANES) * PAIR, weight);
                 }
+            }
         }
 #pragma GCC unroll 4
         for (int row = 0; row < TILE; row++)
@@ -197,12 +244,11 @@ static void attend_tile(const pair *query, float scale, const int64_t *positions
     }
 }
 
-// Rows `row` to `row + num` of a sequence's KV head; a KV head has the rows of all its queries, and
-// in each of these of all heads that share it.
 static void attend_rows(const scalar *qkv, const scalar *cosine, const scalar *sine,
                         const scalar *keys, const scalar *values, scalar *out, const Shape *shape,
-                        const Lines *lines, int64_t sequence, int64_t kv_head, int64_t row,
-                        int64_t num, float *scores, int64_t score_stride) {
+                        const Lines *lines, const Task *task, const Ahead *ahead, float *scores,
+                        int64_t score_stride) {
+    int64_t sequence = task->sequence, kv_head = task->kv_head;
     int64_t group = shape->num_heads / shape->num_kv_heads;
     int64_t width = (shape->num_heads + 2 * shape->num_kv_heads) * HEAD_DIM;
     int64_t head_size = BLOCK * HEAD_DIM, block_stride = shape->num_kv_heads * head_size;
@@ -222,13 +268,13 @@ static void attend_rows(const scalar *qkv, const scalar *cosine, const scalar *s
                 turned);
         put(turned, key + shape->num_kv_heads * HEAD_DIM, own_key, own_value, first % BLOCK);
     }
-    for (int64_t done = 0; done < num; done += TILE) {
+    for (int64_t done = 0; done < task->num; done += TILE) {
         pair query[HEAD_DIM / PAIR * TILE];
         int64_t positions[TILE];
         scalar *to[TILE], turned[HEAD_DIM];
         for (int index = 0; index < TILE; index++) {
             // A tile that is not full computes its last row several times.
-            int64_t here = row + (done + index < num ? done + index : num - 1);
+            int64_t here = task->row + (done + index < task->num ? done + index : task->num - 1);
             int64_t at = start + here / group, head = kv_head * group + here % group;
             rotated(qkv + at * width + head * HEAD_DIM, shape->q_norm, shape->eps,
                     cosine + at * HEAD_DIM, sine + at * HEAD_DIM, turned);
@@ -238,7 +284,7 @@ static void attend_rows(const scalar *qkv, const scalar *cosine, const scalar *s
             to[index] = out + (at * shape->num_heads + head) * HEAD_DIM;
         }
         attend_tile(query, shape->scale, positions, keys, values, block_stride, table, own_key,
-                    own_value, own_block, shape->window, scores, score_stride, to);
+                    own_value, own_block, shape->window, scores, score_stride, ahead, to);
     }
 }
 
@@ -249,16 +295,14 @@ static void attend_rows(const scalar *qkv, const scalar *cosine, const scalar *s
 // HEAD_DIM]. Returns 0, or 1 when there is no memory.
 int attend(const scalar *qkv, const scalar *cosine, const scalar *sine, scalar *keys,
            scalar *values, scalar *out, const Shape *shape, const Lines *lines, int num_threads) {
-    int64_t group = shape->num_heads / shape->num_kv_heads, kv_heads = shape->num_kv_heads;
+    int64_t kv_heads = shape->num_kv_heads;
     int64_t width = (shape->num_heads + 2 * kv_heads) * HEAD_DIM, head_size = BLOCK * HEAD_DIM;
     int64_t num_tasks = 0, score_stride = lines->table_width * BLOCK;
     int failed = 0;
-    // [num_tasks] the sequences' tasks, one after another.
     int64_t *until = malloc((size_t)lines->num_sequences * sizeof *until);
     if (!until) return 1;
     for (int64_t index = 0; index < lines->num_sequences; index++) {
-        int64_t rows = lines->counts[index] * group;
-        num_tasks += kv_heads * ((rows + TASK_ROWS - 1) / TASK_ROWS);
+        num_tasks += kv_heads * parts_of(lines, shape, index);
         until[index] = num_tasks;
     }
 #pragma omp parallel num_threads(num_threads) reduction(| : failed)
@@ -278,27 +322,24 @@ int attend(const scalar *qkv, const scalar *cosine, const scalar *sine, scalar *
             }
         }
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < num_tasks; task++) {
-            int64_t sequence = 0;
-            while (until[sequence] <= task) sequence++;
-            int64_t rows = lines->counts[sequence] * group;
-            int64_t parts = (rows + TASK_ROWS - 1) / TASK_ROWS;
-            int64_t index = task - (until[sequence] - kv_heads * parts);
-            int64_t row = index % parts * TASK_ROWS;
-            int64_t num = rows - row < TASK_ROWS ? rows - row : TASK_ROWS;
+        for (int64_t index = 0; index < num_tasks; index++) {
+            Task task = task_of(lines, until, shape, index);
+            Ahead ahead = {0};
+            // Most likely the next one of this thread.
+            if (index + num_threads < num_tasks) {
+                Task next = task_of(lines, until, shape, index + num_threads);
+                Span span = span_of(lines, shape, next.sequence);
+                ahead = (Ahead){keys + next.kv_head * head_size, span.table, span.num};
+            }
             if (scores)
-                attend_rows(qkv, cosine, sine, keys, values, out, shape, lines, sequence,
-                            index / parts, row, num, scores, score_stride);
+                attend_rows(qkv, cosine, sine, keys, values, out, shape, lines, &task, &ahead,
+                            scores, score_stride);
         }
         free(scores);
     }
     free(until);
     return failed;
 }
-
-int product(const scalar *x, const scalar *packed, const scalar *bias, const scalar *residual,
-            scalar *out, int64_t num_rows, int64_t num_outputs, int64_t num_inputs,
-            int num_threads);
 
 typedef struct {
     const scalar *packed, *bias;  // of `products.c`; bias may be null
@@ -319,10 +360,28 @@ int64_t room_of(const Layer *layer) {
     return layer->dim + 2 * (shape->num_heads + shape->num_kv_heads) * HEAD_DIM + 3 * layer->inner;
 }
 
+// The sequences' blocks of a layer, in the order in which they are read, as far as they fit.
+static int64_t blocks_of(const Layer *layer, const Lines *lines, const char *pieces[MOST_PIECES]) {
+    int64_t size = BLOCK * HEAD_DIM * layer->shape.num_kv_heads * (int64_t)sizeof(scalar), num = 0;
+    const char *sides[] = {(const char *)layer->keys, (const char *)layer->values};
+    for (int64_t sequence = 0; sequence < lines->num_sequences - lines->num_own; sequence++) {
+        Span span = span_of(lines, &layer->shape, sequence);
+        for (int64_t index = 0; index < span.num; index++)
+            for (int side = 0; side < 2; side++)
+                for (int64_t at = 0; at + PIECE * LINE <= size; at += PIECE * LINE) {
+                    if (num == MOST_PIECES) return num;
+                    pieces[num++] = sides[side] + span.table[index] * size + at;
+                }
+    }
+    return num;
+}
+
 // Whole layers, one after another, on x [num_rows, dim]. Returns 0, or 1 when there is no memory.
 int run_layers(scalar *x, scalar *room, const scalar *cosine, const scalar *sine,
                const Layer *layers, int64_t num_layers, const Lines *lines, int64_t num_rows,
                int num_threads) {
+    const char *pieces[MOST_PIECES];
+    Coming coming = {pieces, 0};
     for (const Layer *layer = layers; layer < layers + num_layers; layer++) {
         const Shape *shape = &layer->shape;
         int64_t dim = layer->dim, inner = layer->inner, size = shape->num_heads * HEAD_DIM;
@@ -332,19 +391,22 @@ int run_layers(scalar *x, scalar *room, const scalar *cosine, const scalar *sine
         int failed = 0;
         rms_norm(x, layer->first_norm, normed, num_rows, dim, layer->first_eps, num_threads);
         failed |= product(normed, layer->qkv.packed, layer->qkv.bias, NULL, qkv, num_rows, width,
-                          dim, num_threads);
+                          dim, &coming, num_threads);
         memset(attended + lines->num_rows * size, 0,
                (size_t)((num_rows - lines->num_rows) * size) * sizeof *attended);
         failed |= attend(qkv, cosine, sine, layer->keys, layer->values, attended, shape, lines,
                          num_threads);
+        // From here on the memory is idle where there are many rows: the next layer's keys are fetched.
+        coming.pieces = pieces;
+        coming.num = layer + 1 < layers + num_layers ? blocks_of(layer + 1, lines, pieces) : 0;
         failed |= product(attended, layer->output.packed, layer->output.bias, x, x, num_rows, dim,
-                          size, num_threads);
+                          size, &coming, num_threads);
         rms_norm(x, layer->second_norm, normed, num_rows, dim, layer->second_eps, num_threads);
         failed |= product(normed, layer->gate_up.packed, layer->gate_up.bias, NULL, both, num_rows,
-                          2 * inner, dim, num_threads);
+                          2 * inner, dim, &coming, num_threads);
         silu_mul(both, activated, num_rows, inner, num_threads);
         failed |= product(activated, layer->down.packed, layer->down.bias, x, x, num_rows, dim,
-                          inner, num_threads);
+                          inner, &coming, num_threads);
         if (failed) return 1;
     }
     return 0;

@@ -6,26 +6,29 @@
 // Exactness: a row's sums are built up input by input, by the same instructions in any batch; the
 // last tile is filled with rows that are not stored.
 
-#include "vectors.h"
+#include "products.h"
 
 #define PANEL 32  // outputs that a tile of a product has
 #define ROWS 8    // rows that it has
-#define LINE 64   // bytes of a cache line: of its weights, a tile reads two at a time
 
-// The products of ROWS rows with a panel of weights, while half as many bytes of `coming` are
-// fetched.
+// The products of ROWS rows with a panel of weights, while lines are fetched, PIECE of them at each of
+// `places`.
 static inline void product_tile(const scalar *x, int64_t num_inputs, const scalar *panel,
-                                const char *coming, vec out[ROWS][2]) {
+                                const char *const *places, vec out[ROWS][2]) {
     vec sums[ROWS][2];
 #pragma GCC unroll 8
     for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = (vec){0};
-    for (int64_t at = 0; at < num_inputs; at += PAIR, panel += PANEL * PAIR, coming += LINE) {
-        __builtin_prefetch(coming, 0, 2);
+    for (int64_t begin = 0; begin < num_inputs; begin += PIECE * PAIR, places++) {
+        int64_t end = begin + PIECE * PAIR < num_inputs ? begin + PIECE * PAIR : num_inputs;
+        const char *line = *places;
+        for (int64_t at = begin; at < end; at += PAIR, panel += PANEL * PAIR, line += LINE) {
+            __builtin_prefetch(line, 0, 2);
 #pragma GCC unroll 8
-        for (int row = 0; row < ROWS; row++) {
-            pair factor = pair_at(x + row * num_inputs + at);
-            sums[row][0] = add_products(sums[row][0], panel, factor);
-            sums[row][1] = add_products(sums[row][1], panel + LANES * PAIR, factor);
+            for (int row = 0; row < ROWS; row++) {
+                pair factor = pair_at(x + row * num_inputs + at);
+                sums[row][0] = add_products(sums[row][0], panel, factor);
+                sums[row][1] = add_products(sums[row][1], panel + LANES * PAIR, factor);
+            }
         }
     }
     memcpy(out, sums, sizeof sums);
@@ -50,10 +53,14 @@ int are_products_fast(void) {
 
 // x [num_rows, num_inputs] -> [num_rows, num_outputs], plus bias [num_outputs] and residual
 // [num_rows, num_outputs], which may be `out`, where there are such. Returns 0, or 1 when there is no memory.
+//
+// Tiles behind the second fetch what is `coming`, if that is given, and take it off.
 int product(const scalar *x, const scalar *packed, const scalar *bias, const scalar *residual,
-            scalar *out, int64_t num_rows, int64_t num_outputs, int64_t num_inputs,
+            scalar *out, int64_t num_rows, int64_t num_outputs, int64_t num_inputs, Coming *coming,
             int num_threads) {
-    int64_t num_whole = num_rows / ROWS * ROWS;
+    int64_t num_whole = num_rows / ROWS * ROWS, num_tiles = (num_rows + ROWS - 1) / ROWS;
+    int64_t num_steps = num_inputs / PAIR, num_parts = (num_steps + PIECE - 1) / PIECE;
+    int64_t num_whole_parts = num_steps / PIECE;
     scalar *last = NULL;
     if (num_whole < num_rows) {
         last = calloc((size_t)(ROWS * num_inputs), sizeof *last);
@@ -63,15 +70,22 @@ int product(const scalar *x, const scalar *packed, const scalar *bias, const sca
     }
 #pragma omp parallel for num_threads(num_threads)
     for (int64_t panel = 0; panel < num_outputs / PANEL; panel++)
-        for (int64_t row = 0; row < num_rows; row += ROWS) {
+        for (int64_t tile = 0; tile < num_tiles; tile++) {
             vec sums[ROWS][2];
+            const scalar *weights = packed + panel * PANEL * num_inputs;
+            const char *places[num_parts];
             // All tiles but the first find the panel in the cache, so that the memory would be idle:
             // the first two fetch the next panel. With one tile it never is.
-            const scalar *weights = packed + panel * PANEL * num_inputs;
-            const char *coming = (const char *)weights;
-            if (num_rows > ROWS && row <= ROWS)
-                coming += (2 + row / ROWS) * LINE * (num_inputs / PAIR);
-            product_tile(row < num_whole ? x + row * num_inputs : last, num_inputs, weights, coming,
+            int64_t ahead = num_tiles > 1 && tile < 2 ? (2 + tile) * LINE * num_steps : 0;
+            for (int64_t part = 0; part < num_parts; part++)
+                places[part] = (const char *)weights + ahead + part * PIECE * LINE;
+            if (coming && tile >= 2) {
+                int64_t first = (panel * (num_tiles - 2) + tile - 2) * num_whole_parts;
+                for (int64_t part = 0; part < num_whole_parts && first + part < coming->num; part++)
+                    places[part] = coming->pieces[first + part];
+            }
+            int64_t row = tile * ROWS;
+            product_tile(row < num_whole ? x + row * num_inputs : last, num_inputs, weights, places,
                          sums);
             for (int index = 0; index < ROWS && row + index < num_rows; index++)
                 for (int half = 0; half < 2; half++) {
@@ -83,6 +97,12 @@ int product(const scalar *x, const scalar *packed, const scalar *bias, const sca
                     store(out + at, sum);
                 }
         }
+    if (coming && num_tiles > 2) {
+        int64_t fetched = num_outputs / PANEL * (num_tiles - 2) * num_whole_parts;
+        if (fetched > coming->num) fetched = coming->num;
+        coming->pieces += fetched;
+        coming->num -= fetched;
+    }
     free(last);
     return 0;
 }

@@ -27,14 +27,23 @@ static inline vec load(const scalar *at) {
     return (vec)(__builtin_convertvector(read, bits) << 16);
 }
 
-static inline vec rounded(vec x) {
-    bits raw = (bits)x, nearest = (raw + 0x7fff + ((raw >> 16) & 1)) & 0xffff0000u;
+#ifdef __AVX512BF16__
+// What is smaller than the least normal number becomes 0.
+static inline halves narrow(vec x) { return (halves)_mm512_cvtneps_pbh((__m512)x); }
+#else
+static inline halves narrow(vec x) {
+    bits raw = (bits)x, nearest = raw + 0x7fff + ((raw >> 16) & 1);
     bits is_nan = (bits)(x != x);
-    return (vec)((nearest & ~is_nan) | (0x7fc00000u & is_nan));
+    return __builtin_convertvector(((nearest & ~is_nan) | (0x7fc00000u & is_nan)) >> 16, halves);
+}
+#endif
+
+static inline vec rounded(vec x) {
+    return (vec)(__builtin_convertvector(narrow(x), bits) << 16);
 }
 
 static inline void store(scalar *at, vec x) {
-    halves write = __builtin_convertvector((bits)rounded(x) >> 16, halves);
+    halves write = narrow(x);
     memcpy(at, &write, sizeof write);
 }
 
