@@ -4,7 +4,7 @@
 As transformers runs it, such a layer is some fifty operations on a few rows each, which take as long
 as the products. A layer is fused when it has the parts named below and, tried on made-up rows,
 computes what it computed before; so a layer that looks alike and is not stays as it is. All
-layers of a model are fused, or none: keys lie differently in the cache (`csrc/layers.c`).
+layers of a model are fused, or none: keys lie differently in the cache (`csrc/attention.h`).
 
     norm -> q, k, v -> rotate, write, attend -> o + residual -> norm -> gate, up -> silu * -> down + residual
 

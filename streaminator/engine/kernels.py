@@ -128,7 +128,7 @@ class Kernels:
         Args:
             qkv: [T, (N + 2 K) * H].
             rotary: cosine and sine [T, H].
-            cache: a layer's keys and values, of which a block holds the keys transposed (`csrc/layers.c`).
+            cache: a layer's keys and values, of which a block holds the keys transposed (`csrc/attention.h`).
             shape: of `shape_of`.
             lines: of `lines_of`.
 

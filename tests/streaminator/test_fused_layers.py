@@ -27,8 +27,10 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
     "initializer_range": 0.2,
 }
+WIDE = {"hidden_size": 288, "intermediate_size": 288, "num_key_value_heads": 3, "head_dim": 96}
 FUSED = {
     "Llama": transformers.LlamaConfig(**SIZES),
+    "Llama, wide": transformers.LlamaConfig(**(SIZES | WIDE)),
     "Llama with biases": transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "Qwen2": transformers.Qwen2Config(**SIZES),
     "Qwen3": transformers.Qwen3Config(**SIZES),

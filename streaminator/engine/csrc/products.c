@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Matrix products of few rows with weights that are packed for them, on a CPU with AVX-512.
-// Compiled by `kernels.py` for one type of weights: -DBF16=0|1.
+// Compiled by `compile_kernels.py` for one type of weights: -DBF16=0|1.
 //
 // Exactness: a row's sums are built up input by input, by the same instructions in any batch; the
 // last tile is filled with rows that are not stored.

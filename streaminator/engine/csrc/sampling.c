@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Draws a token for each row of logits, as `sampler.py` does it without filters: candidates one by
-// one, all others as one event. Compiled by `kernels.py` for one type of logits: -DBF16=0|1.
+// one, all others as one event. Compiled by `compile_kernels.py` for one type of logits: -DBF16=0|1.
 //
 // Exactness: one thread computes a row, from nothing but the row.
 

@@ -3,6 +3,8 @@
 // Vectors of 16 floats, which the compiler maps to what the processor has, and weights of the type that
 // is compiled for (-DBF16=0|1).
 
+#pragma once
+
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif

@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Rotation and attention over the blocks of the KV cache, on a CPU. Compiled by `compile_kernels.py`
+// for one type of weights and one head dim: -DBF16=0|1 -DHEAD_DIM=... -DBLOCK=16.
+//
+// Exactness: a row is computed by the same instructions in the same order whatever else is in the
+// batch. Rows are padded to whole tiles, a row's keys are read in the order of their blocks, and
+// keys it may not see add exact zeros.
+//
+// Speed: few rows share a key, so that it is read as fast as the memory is, or waited for. While a task
+// reads its keys, its values are fetched; while it reads these, the keys of the next one.
+
+#include "attention.h"
+
+#define TILE 4        // rows that share what is loaded of keys and values
+#define TASK_ROWS 32  // rows of one KV head that a thread takes at a time
+#define SLICE 4       // vectors of a value that are summed up in registers
+
+// Rows `row` to `row + num` of a sequence's KV head; a KV head has the rows of all its queries, and
+// in each of these of all heads that share it.
+typedef struct {
+    int64_t sequence, kv_head, row, num;
+} Task;
+
+static int64_t parts_of(const Lines *lines, const Shape *shape, int64_t sequence) {
+    int64_t rows = lines->counts[sequence] * (shape->num_heads / shape->num_kv_heads);
+    return (rows + TASK_ROWS - 1) / TASK_ROWS;
+}
+
+// `until` [num_sequences]: the sequences' tasks, one after another.
+static Task task_of(const Lines *lines, const int64_t *until, const Shape *shape, int64_t index) {
+    int64_t sequence = 0;
+    while (until[sequence] <= index) sequence++;
+    int64_t rows = lines->counts[sequence] * (shape->num_heads / shape->num_kv_heads);
+    int64_t parts = parts_of(lines, shape, sequence);
+    index -= until[sequence] - shape->num_kv_heads * parts;
+    int64_t row = index % parts * TASK_ROWS;
+    return (Task){sequence, index / parts, row, rows - row < TASK_ROWS ? rows - row : TASK_ROWS};
+}
+
+// Rotate a head (Su et al. 2021), after its norm if there is one.
+static void rotate(const scalar *x, const scalar *norm, float eps, const scalar *cosine,
+                   const scalar *sine, float *out) {
+    scalar normed[HEAD_DIM];
+    if (norm) {
+        norm_row(x, norm, normed, HEAD_DIM, eps);
+        x = normed;
+    }
+    for (int at = 0; at < HEAD_DIM / 2; at++) {
+        int other = at + HEAD_DIM / 2;
+        float a = get(x[at]), b = get(x[other]);
+        out[at] = a * get(cosine[at]) - b * get(sine[at]);
+        out[other] = b * get(cosine[other]) + a * get(sine[other]);
+    }
+}
+
+static void rotated(const scalar *x, const scalar *norm, float eps, const scalar *cosine,
+                    const scalar *sine, scalar *out) {
+    float turned[HEAD_DIM];
+    rotate(x, norm, eps, cosine, sine, turned);
+    for (int at = 0; at < HEAD_DIM; at += LANES) store(out + at, loadf(turned + at));
+}
+
+// Put a token's key and value into the block of its KV head.
+static void put(const scalar *key, const scalar *value, scalar *keys, scalar *values, int64_t at) {
+    for (int dim = 0; dim < HEAD_DIM; dim += PAIR)
+        memcpy(keys + dim * BLOCK + at * PAIR, key + dim, PAIR * sizeof *key);
+    scalar *to = values + at / PAIR * PAIR * HEAD_DIM + at % PAIR;
+    for (int dim = 0; dim < HEAD_DIM; dim++) to[dim * PAIR] = value[dim];
+}
+
+// Keys that are read next: fetched while this task's values are read.
+typedef struct {
+    const scalar *keys;
+    const int64_t *table;  // [num] blocks
+    int64_t num;
+} Ahead;
+
+// TILE rows of one KV head. `query` [HEAD_DIM / PAIR, TILE]; `out` a pointer for each row.
+static void attend_tile(const pair *query, float scale, const int64_t *positions,
+                        const scalar *keys, const scalar *values, int64_t block_stride,
+                        const int64_t *table, const scalar *own_key, const scalar *own_value,
+                        int64_t own_block, int64_t window, float *scores, int64_t score_stride,
+                        const Ahead *ahead, scalar **out) {
+    const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    int64_t first = positions[0] - window + 1, last = positions[0];
+    for (int row = 1; row < TILE; row++) {
+        if (positions[row] > last) last = positions[row];
+        if (positions[row] - window + 1 < first) first = positions[row] - window + 1;
+    }
+    int64_t begin = first > 0 ? first / BLOCK : 0, end = last / BLOCK + 1;
+    vec most[TILE];
+    for (int row = 0; row < TILE; row++) most[row] = spread(-INFINITY);
+    for (int64_t block = begin; block < end; block++) {
+        const scalar *key = block == own_block ? own_key : keys + table[block] * block_stride;
+        const scalar *value = values + table[block] * block_stride;
+        vec even[TILE], odd[TILE];
+#pragma GCC unroll 4
+        for (int row = 0; row < TILE; row++) even[row] = odd[row] = (vec){0};
+        for (int at = 0; at < HEAD_DIM / PAIR; at += 2) {
+            const scalar *part = key + at * BLOCK * PAIR;
+            __builtin_prefetch(value + at * BLOCK * PAIR, 0, 2);
+            __builtin_prefetch(value + (at + 1) * BLOCK * PAIR, 0, 2);
+#pragma GCC unroll 4
+            for (int row = 0; row < TILE; row++) {
+                even[row] = add_products(even[row], part, query[at * TILE + row]);
+                odd[row] = add_products(odd[row], part + BLOCK * PAIR, query[(at + 1) * TILE + row]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int row = 0; row < TILE; row++) {
+            vec sum = (even[row] + odd[row]) * scale;
+            int64_t ahead = positions[row] - block * BLOCK, behind = ahead - window;
+            if (ahead < BLOCK - 1 || behind >= 0) {
+                ints seen = lanes <= (int32_t)(ahead < BLOCK ? ahead : BLOCK);
+                seen &= lanes > (int32_t)(behind < -1 ? -1 : behind > BLOCK ? BLOCK : behind);
+                sum = choose(seen, sum, spread(-INFINITY));
+            }
+            most[row] = larger(sum, most[row]);
+            storef(scores + row * score_stride + (block - begin) * BLOCK, sum);
+        }
+    }
+    // A row's weights take the place of its scores, as pairs.
+    float factor[TILE];
+    for (int row = 0; row < TILE; row++) {
+        float *line = scores + row * score_stride, top = largest_of(most[row]);
+        scalar *weights = (scalar *)line;
+        vec total = {0};
+        for (int64_t at = 0; at < (end - begin) * BLOCK; at += LANES) {
+            vec weight = rounded(exp_of(loadf(line + at) - top));
+            total += weight;
+            store(weights + at, weight);
+        }
+        factor[row] = 1 / sum_of(total);
+    }
+    for (int from = 0; from < HEAD_DIM; from += SLICE * LANES) {
+        const int num_parts = (HEAD_DIM - from) / LANES < SLICE ? (HEAD_DIM - from) / LANES : SLICE;
+        vec sums[TILE][SLICE];
+#pragma GCC unroll 4
+        for (int row = 0; row < TILE; row++)
+#pragma GCC unroll 4
+            for (int part = 0; part < SLICE; part++) sums[row][part] = (vec){0};
+        for (int64_t block = begin; block < end; block++) {
+            const scalar *value =
+                block == own_block ? own_value : values + table[block] * block_stride;
+            const scalar *weights = (const scalar *)scores + (block - begin) * BLOCK;
+            const int64_t weight_stride = score_stride * (int64_t)(sizeof *scores / sizeof *weights);
+            int64_t index = block - begin;
+            const scalar *next =
+                index < ahead->num ? ahead->keys + ahead->table[index] * block_stride : value;
+            for (int at = 0; at < BLOCK; at += PAIR) {
+#pragma GCC unroll 4
+                for (int part = 0; part < num_parts; part++)
+                    __builtin_prefetch(next + at * HEAD_DIM + (from + part * LANES) * PAIR, 0, 2);
+#pragma GCC unroll 4
+                for (int row = 0; row < TILE; row++) {
+                    pair weight = pair_at(weights + row * weight_stride + at);
+#pragma GCC unroll 4
+                    for (int part = 0; part < SLICE; part++)
+                        if (part < num_parts)
+                            sums[row][part] = add_products(
+                                sums[row][part],
+                                value + at * HEAD_DIM + (from + part * LANES) * PAIR, weight);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int row = 0; row < TILE; row++)
+#pragma GCC unroll 4
+            for (int part = 0; part < SLICE; part++)
+                if (part < num_parts)
+                    store(out[row] + from + part * LANES, sums[row][part] * factor[row]);
+    }
+}
+
+static void attend_rows(const scalar *qkv, const scalar *cosine, const scalar *sine,
+                        const scalar *keys, const scalar *values, scalar *out, const Shape *shape,
+                        const Lines *lines, const Task *task, const Ahead *ahead, float *scores,
+                        int64_t score_stride) {
+    int64_t sequence = task->sequence, kv_head = task->kv_head;
+    int64_t group = shape->num_heads / shape->num_kv_heads;
+    int64_t width = (shape->num_heads + 2 * shape->num_kv_heads) * HEAD_DIM;
+    int64_t head_size = BLOCK * HEAD_DIM, block_stride = shape->num_kv_heads * head_size;
+    int64_t start = lines->starts[sequence], first = lines->firsts[sequence];
+    const int64_t *table = lines->tables + sequence * lines->table_width;
+    scalar own_key[BLOCK * HEAD_DIM], own_value[BLOCK * HEAD_DIM];
+    int64_t own_block = -1;
+    keys += kv_head * head_size;
+    values += kv_head * head_size;
+    if (sequence >= lines->num_sequences - lines->num_own) {
+        scalar turned[HEAD_DIM];
+        const scalar *key = qkv + start * width + (shape->num_heads + kv_head) * HEAD_DIM;
+        own_block = first / BLOCK;
+        memcpy(own_key, keys + table[own_block] * block_stride, sizeof own_key);
+        memcpy(own_value, values + table[own_block] * block_stride, sizeof own_value);
+        rotated(key, shape->k_norm, shape->eps, cosine + start * HEAD_DIM, sine + start * HEAD_DIM,
+                turned);
+        put(turned, key + shape->num_kv_heads * HEAD_DIM, own_key, own_value, first % BLOCK);
+    }
+    for (int64_t done = 0; done < task->num; done += TILE) {
+        pair query[HEAD_DIM / PAIR * TILE];
+        int64_t positions[TILE];
+        scalar *to[TILE], turned[HEAD_DIM];
+        for (int index = 0; index < TILE; index++) {
+            // A tile that is not full computes its last row several times.
+            int64_t here = task->row + (done + index < task->num ? done + index : task->num - 1);
+            int64_t at = start + here / group, head = kv_head * group + here % group;
+            rotated(qkv + at * width + head * HEAD_DIM, shape->q_norm, shape->eps,
+                    cosine + at * HEAD_DIM, sine + at * HEAD_DIM, turned);
+            for (int dim = 0; dim < HEAD_DIM / PAIR; dim++)
+                query[dim * TILE + index] = pair_at(turned + dim * PAIR);
+            positions[index] = first + here / group;
+            to[index] = out + (at * shape->num_heads + head) * HEAD_DIM;
+        }
+        attend_tile(query, shape->scale, positions, keys, values, block_stride, table, own_key,
+                    own_value, own_block, shape->window, scores, score_stride, ahead, to);
+    }
+}
+
+// Causal attention of packed rows over each sequence's blocks, after their keys and values have
+// been written there.
+//
+// qkv [num_rows, (N + 2 K) * HEAD_DIM]; cosine, sine [num_rows, HEAD_DIM]; out [num_rows, N *
+// HEAD_DIM]. Returns 0, or 1 when there is no memory.
+int attend(const scalar *qkv, const scalar *cosine, const scalar *sine, scalar *keys,
+           scalar *values, scalar *out, const Shape *shape, const Lines *lines, int num_threads) {
+    int64_t kv_heads = shape->num_kv_heads;
+    int64_t width = (shape->num_heads + 2 * kv_heads) * HEAD_DIM, head_size = BLOCK * HEAD_DIM;
+    int64_t num_tasks = 0, score_stride = lines->table_width * BLOCK;
+    int failed = 0;
+    int64_t *until = malloc((size_t)lines->num_sequences * sizeof *until);
+    if (!until) return 1;
+    for (int64_t index = 0; index < lines->num_sequences; index++) {
+        num_tasks += kv_heads * parts_of(lines, shape, index);
+        until[index] = num_tasks;
+    }
+#pragma omp parallel num_threads(num_threads) reduction(| : failed)
+    {
+        float *scores = malloc((size_t)(TILE * score_stride) * sizeof *scores);
+        failed = !scores;
+#pragma omp for
+        for (int64_t row = 0; row < lines->num_written; row++) {
+            int64_t slot = lines->slots[row], block = slot / BLOCK, offset = slot % BLOCK;
+            for (int64_t head = 0; head < kv_heads; head++) {
+                scalar turned[HEAD_DIM];
+                const scalar *key = qkv + row * width + (shape->num_heads + head) * HEAD_DIM;
+                int64_t to = (block * kv_heads + head) * head_size;
+                rotated(key, shape->k_norm, shape->eps, cosine + row * HEAD_DIM,
+                        sine + row * HEAD_DIM, turned);
+                put(turned, key + kv_heads * HEAD_DIM, keys + to, values + to, offset);
+            }
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t index = 0; index < num_tasks; index++) {
+            Task task = task_of(lines, until, shape, index);
+            Ahead ahead = {0};
+            // Most likely the next one of this thread.
+            if (index + num_threads < num_tasks) {
+                Task next = task_of(lines, until, shape, index + num_threads);
+                Span span = span_of(lines, shape, next.sequence);
+                ahead = (Ahead){keys + next.kv_head * head_size, span.table, span.num};
+            }
+            if (scores)
+                attend_rows(qkv, cosine, sine, keys, values, out, shape, lines, &task, &ahead,
+                            scores, score_stride);
+        }
+        free(scores);
+    }
+    free(until);
+    return failed;
+}
