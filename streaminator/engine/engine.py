@@ -204,12 +204,10 @@ class Engine:
             reason, error = self._commit(verdict)
             new = verdict.sequence.token_ids[before:]
             if new:
-                gains.append(
-                    self._speculation.gain(verdict, new, top_ids, top_probs, has_ended=bool(reason))
-                )
+                gains.append(self._speculation.gain(verdict, new, has_ended=bool(reason)))
             if reason is not None:
                 ended.append((verdict.sequence, reason, error))
-        self._speculation.learn(gains)
+        self._speculation.learn(gains, top_ids, top_probs)
         finished = [*self._take_failed(), *(self._retire(*end) for end in ended)]
         clock.lap("commit")
         num_new = sum(len(gain.token_ids) for gain in gains)

@@ -284,7 +284,7 @@ def lines_of(lines: Lines) -> _Lines:
     arrays = (lines.slots, lines.starts, lines.counts, lines.firsts, lines.tables)
     assert all(array.dtype == np.int64 and array.flags.c_contiguous for array in arrays)
     return _Lines(
-        int(lines.counts.sum()),
+        int(lines.starts[-1] + lines.counts[-1]),
         len(lines.slots),
         len(lines.starts),
         lines.num_seconds,

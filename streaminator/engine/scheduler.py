@@ -121,10 +121,12 @@ class Scheduler:
         self._publish(entry, sequence)
         size = self.block_manager.block_size
         keep = min(num_cached_tokens, sequence.num_prompt_tokens - 1)
+        if keep <= entry.num_resident_tokens:
+            return
         # A sibling may have written its own copy of the last resident block: it cannot go on there.
-        shares_all = sequence.block_table[: len(entry.resident_blocks)] == entry.resident_blocks
-        if keep > entry.num_resident_tokens and shares_all:
-            blocks = sequence.block_table[len(entry.resident_blocks) : -(-keep // size)]
+        num = len(entry.resident_blocks)
+        if sequence.block_table[:num] == entry.resident_blocks:
+            blocks = sequence.block_table[num : -(-keep // size)]
             self.block_manager.share(blocks)
             entry.resident_blocks.extend(blocks)
             entry.num_resident_tokens = keep
