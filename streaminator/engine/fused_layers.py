@@ -153,9 +153,10 @@ class FusedStack:
             layer.pack()
 
     def __call__(self, x: torch.Tensor, rotary: Rotary, cache: KVCache, lines: Any) -> torch.Tensor:
-        """See `FusedLayer`."""
+        """See `FusedLayer`; what comes out may lie where `x` lay."""
         if self.is_one_call:
-            return self.kernels.run_layers(x, rotary, self._describe(cache), lines)
+            self.kernels.run_layers(x, rotary, self._describe(cache), lines)
+            return x
         for layer in self.layers:
             x = layer(x, rotary, cache, lines)
         return x
@@ -271,7 +272,7 @@ def _computes_the_same(
                 result = result[0]
             else:
                 assert batch.lines is not None
-                result = forward(x, (cosine[0], sine[0]), cache, lines_of(batch.lines))
+                result = forward(x.clone(), (cosine[0], sine[0]), cache, lines_of(batch.lines))
             deltas.append((result - x)[: batch.num_tokens])
         results.append(torch.cat(deltas))
     plain, *others = results

@@ -165,10 +165,10 @@ class Kernels:
         rotary: tuple[torch.Tensor, torch.Tensor],
         layers: Layers,
         lines: _Lines,
-    ) -> torch.Tensor:
-        """Whole layers, one after another: [T, D] -> [T, D]; see `attend`."""
-        out, scratch = x.clone(), x.new_empty(len(x) * layers.room)
-        pointers = (t.data_ptr() for t in (out, scratch, *rotary))
+    ) -> None:
+        """Whole layers, one after another, in place on [T, D]; see `attend`."""
+        scratch = x.new_empty(len(x) * layers.room)
+        pointers = (t.data_ptr() for t in (x, scratch, *rotary))
         failed = self._library.run_layers(
             *pointers,
             layers.array,
@@ -179,7 +179,6 @@ class Kernels:
         )
         if failed:
             raise MemoryError("no memory for the layers' scratch")
-        return out
 
     def sample(
         self,
