@@ -118,11 +118,11 @@ class Scheduler:
             return
         sequence.num_cached_tokens = num_cached_tokens
         entry = self._open[sequence.prompt.prompt_id]
-        self._publish(entry, sequence)
-        size = self.block_manager.block_size
         keep = min(num_cached_tokens, sequence.num_prompt_tokens - 1)
         if keep <= entry.num_resident_tokens:
             return
+        self._publish(entry, sequence)
+        size = self.block_manager.block_size
         # A sibling may have written its own copy of the last resident block: it cannot go on there.
         num = len(entry.resident_blocks)
         if sequence.block_table[:num] == entry.resident_blocks:

@@ -92,8 +92,8 @@ class Speculation:
             num_tokens = sum(s.num_scheduled_tokens for s in sequences)
             pays = self.budget.cut(survival, num_tokens, len(drafting))
             chains = [c[:num] for c, num in zip(chains, pays[:, 0].sum(1).tolist(), strict=True)]
-            for row, place in np.argwhere(pays[:, 1]).tolist():
-                alternatives[row][place] = int(seconds[row, place])
+            for row, place in zip(*pays[:, 1].nonzero(), strict=True):
+                alternatives[row][int(place)] = int(seconds[row, place])
         for sequence, chain, beside in zip(drafting, chains, alternatives, strict=True):
             if chain:
                 num = reserve(sequence, len(chain))

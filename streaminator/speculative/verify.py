@@ -97,9 +97,11 @@ def calibration(
     if survival is None:
         return [], []
     verified, accepted = [0] * 10, [0] * 10
-    verdict_of = {id(verdict.sequence): verdict for verdict in verdicts}
+    verdict_of = {id(v.sequence): v for v in verdicts if v.sequence.draft}
     for sequence, (chain, beside) in zip(drafting, survival.tolist(), strict=True):
-        verdict = verdict_of[id(sequence)]
+        verdict = verdict_of.get(id(sequence))
+        if verdict is None:
+            continue
         for place, chance in enumerate(chain[: len(sequence.draft)]):
             tenth = min(int(chance * 10), 9)
             verified[tenth] += 1
