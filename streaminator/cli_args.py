@@ -123,7 +123,9 @@ def _unknown(word: str, flags: Sequence[str]) -> NoReturn:
     if not word.startswith("-"):
         raise ConfigError(f"unexpected word {word!r}: every setting is given as --name value")
     name = word.partition("=")[0]
-    if name.removeprefix("--").removeprefix("no_") in {setting.name for _, setting in settings()}:
+    is_typo = difflib.get_close_matches(name, flags, n=1, cutoff=0.9)
+    names = {setting.name for _, setting in settings()}
+    if not is_typo and name.removeprefix("--").removeprefix("no_") in names:
         raise ConfigError(
             f"unknown flag {name}: not a setting of this program; leave it out, or use "
             "python -m jobs.sample"
