@@ -30,11 +30,12 @@ import numpy as np
 from jobs.json_out import check_json_out, write_json_out
 from jobs.simulated_pool import SimulatedPool
 from jobs.simulated_streams import RemoteStreams
+from streaminator.backlog import Work
 from streaminator.cli import main_program
 from streaminator.cli_args import make_parser, parse_words
 from streaminator.data.files import join_uri, list_parts, resolve
 from streaminator.data.finished import HashSet, stable_hash
-from streaminator.dispatch import Dispatcher, Work
+from streaminator.dispatch import Dispatcher
 from streaminator.errors import ConfigError, DataError
 from streaminator.pool import Part
 from streaminator.run_record import cpu_model

@@ -9,6 +9,7 @@ Used by: `streaminator.cli`, `jobs.*`.
 
 import argparse
 import difflib
+import re
 import tomllib
 import types
 from collections.abc import Callable, Sequence
@@ -28,7 +29,11 @@ class _Parser(argparse.ArgumentParser):
         return [flag for flag in self._option_string_actions if flag.startswith("--")]
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.replace("argument ", "", 1))
+        message = message.replace("argument ", "", 1)
+        message = message.replace("expected one argument", "a value must follow")
+        for kind, number in (("int", "a whole number"), ("float", "a number")):
+            message = re.sub(f": invalid {kind} value: '(.*)'$", rf" \1: must be {number}", message)
+        raise ConfigError(message)
 
 
 def parse(
@@ -118,6 +123,13 @@ def _unknown(word: str, flags: Sequence[str]) -> NoReturn:
     if not word.startswith("-"):
         raise ConfigError(f"unexpected word {word!r}: every setting is given as --name value")
     name = word.partition("=")[0]
+    is_typo = difflib.get_close_matches(name, flags, n=1, cutoff=0.9)
+    names = {setting.name for _, setting in settings()}
+    if not is_typo and name.removeprefix("--").removeprefix("no_") in names:
+        raise ConfigError(
+            f"unknown flag {name}: not a setting of this program; leave it out, or use "
+            "python -m jobs.sample"
+        )
     raise ConfigError(f"unknown flag {name}{_nearest(name, flags)}")
 
 
@@ -130,7 +142,9 @@ def _load_toml(path: Path, known: dict[str, Field]) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
+        raise ConfigError(
+            f"--config {path}: cannot be read ({error.strerror}); check the path"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not valid TOML ({error})") from error
     values = {}

@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which worker gets which prompt, and what becomes of the prompts of a worker that is lost.
 
-    source --> queues (one per home worker) --> worker --> parts published --> done
-                        ^-- loose: given back, or left by a lost worker --'
-                        ^-- suspects: run alone --> poison: failed rows
+    source --> backlog --> worker --> parts published --> done
+                  ^-- given back, or left by a lost worker --'
+                  ^-- suspects: run alone --> poison: failed rows
 
 Invariants
-- A prompt is in one place: a queue, loose, suspects, or the works of one worker. It leaves a worker
+- A prompt is in one place: the backlog, suspects, or the works of one worker. It leaves a worker
   when all its completions are published, when the worker gives it back, or when the worker is given
   up. So two workers never draw the same prompt (affinity), and nothing is drawn twice.
 - A part is published on the report of a worker that is not given up; the pool delivers no report
   of one that is. A fenced worker can go on writing where nobody looks.
-- A prompt belongs to the worker that a stable hash of its id names; others take it while it is not
-  started and they have nothing else.
-- Bounded: a worker holds at most twice its stream width in open prompts, the queues together
-  `_LOOKAHEAD` of these windows; the dataset is read as the queues run low. Here prompts are kept
-  packed.
+- Bounded: a worker holds at most twice its stream width in open prompts, the backlog `_LOOKAHEAD` of
+  these windows.
 - Nothing waits for a worker that is not there, and no worker for the queues to be full.
 - An event costs no look at every worker.
 
@@ -23,16 +20,14 @@ Used by: `driver`, `sampler_pool`.
 """
 
 import math
-import pickle
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from streaminator.data.finished import stable_hash
+from streaminator.backlog import Backlog, Work
 from streaminator.errors import WorkerDiedError
 from streaminator.pool import Event, Part, WorkerLost, WorkerReady, WorkerReported, Workers
 from streaminator.progress import Report
@@ -55,37 +50,6 @@ _FIRST_REPORT = 4
 """The first report of a worker may take this many times longer: kernels are compiled."""
 _IDLE_SECONDS = 30.0
 """How long to wait for an event when no worker owes one."""
-
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """A prompt on its way."""
-
-    prompt_id: str
-    packed: bytes
-    """The prompt. Tens of thousands wait here, and as objects each would take 5 kB and more."""
-    left: Sequence[int]
-    """Sample indices not published yet, in order."""
-    parts: tuple[str, ...]
-    """Published parts that hold completions of it."""
-    num_deaths: int = 0
-    num_deaths_alone: int = 0
-    num_retries: int = 0
-
-    @classmethod
-    def of(cls, prompt: Prompt, left: Sequence[int], parts: tuple[str, ...] = ()) -> Self:
-        """A prompt with the completions to draw, and the parts that hold the others."""
-        packed = zlib.compress(pickle.dumps(prompt), level=1)
-        return cls(prompt.prompt_id, packed, left, parts)
-
-    def as_prompt(self) -> Prompt:
-        """What a worker is to draw."""
-        return replace(
-            pickle.loads(zlib.decompress(self.packed)),
-            sample_indices=tuple(self.left),
-            finished_parts=self.parts,
-            num_retries=self.num_retries,
-        )
 
 
 class Output(Protocol):
@@ -151,15 +115,12 @@ class Dispatcher:
         ready: workers that have told so already, with their stream widths.
         """
         self._pool = pool
-        self._source: Iterator[Work] | None = source
         self._output = output
         self._timeout = worker_timeout
         self._clock = clock
         self._workers = [_Worker(stream_width or _UNTIL_TOLD) for _ in range(pool.num_workers)]
-        self._queue_room = _LOOKAHEAD * sum(worker.window for worker in self._workers)
-        self._queues: list[deque[Work]] = [deque() for _ in self._workers]
-        self._num_queued = 0
-        self._loose: deque[Work] = deque()
+        room = _LOOKAHEAD * sum(worker.window for worker in self._workers)
+        self._backlog = Backlog(source, len(self._workers), room)
         self._suspects: deque[Work] = deque()
         self._share_per_speed = 0.0
         """Open prompts a worker should have of all that are left, by its speed."""
@@ -183,8 +144,8 @@ class Dispatcher:
         Raises: WorkerDiedError when no worker is left; OutputError; InputError of a worker.
         """
         event = None
-        while self._has_more or self._suspects or self._num_held:
-            self._read_on()
+        while self._backlog.has_more or self._suspects or self._num_held:
+            self._backlog.read_on(self._read_at_once)
             self._hand_out(self._waiting)
             event = event or self._pool.next_event(self._patience())
             num_heard = 0
@@ -196,7 +157,7 @@ class Dispatcher:
                 # Nobody waits for the others, until the dataset is out: then all that have something
                 # to say are heard first, and what is left is shared out among them. For a new one
                 # there may have to be read first.
-                if self._source is not None and not isinstance(event, WorkerReady):
+                if not self._backlog.is_read_out and not isinstance(event, WorkerReady):
                     self._hand_out(self._waiting & {event.worker})
                 num_heard += 1
                 event = self._pool.next_event(0.0)
@@ -215,29 +176,14 @@ class Dispatcher:
         worker = self._workers[event.worker]
         worker.is_ready = True
         self._waiting.add(event.worker)
-        self._queue_room -= _LOOKAHEAD * worker.window
+        self._backlog.room -= _LOOKAHEAD * worker.window
         worker.width = event.stream_width or worker.width
         self._read_at_once = max(self._read_at_once, worker.width)
-        self._queue_room += _LOOKAHEAD * worker.window
-
-    @property
-    def _has_more(self) -> bool:
-        """Whether there are prompts that no worker has and any may get."""
-        return bool(self._source is not None or self._num_queued or self._loose)
-
-    @property
-    def _has_room(self) -> bool:
-        """Whether there is something to read, and room for it."""
-        return self._source is not None and self._num_queued < self._queue_room
-
-    @property
-    def _is_stocked(self) -> bool:
-        """Whether there is enough in the queues to take something from a foreign one."""
-        return self._source is None or 2 * self._num_queued >= self._queue_room
+        self._backlog.room += _LOOKAHEAD * worker.window
 
     def _patience(self) -> float:
         """How long the next event is waited for."""
-        if self._has_room:
+        if self._backlog.has_room:
             return 0.0
         return max(0.0, min(self._soonest - self._clock(), _IDLE_SECONDS))
 
@@ -254,27 +200,14 @@ class Dispatcher:
             self._num_open += sign * worker.num_open
             self._speed += sign * worker.speed
 
-    def _read_on(self) -> None:
-        """Read some of the dataset, while there is room in the queues."""
-        for _ in range(self._read_at_once):
-            if not self._has_room:
-                return
-            assert self._source is not None
-            work = next(self._source, None)
-            if work is None:
-                self._source = None
-                return
-            self._queues[home_worker(work.prompt_id, len(self._queues))].append(work)
-            self._num_queued += 1
-
     def _hand_out(self, waiting: Iterable[int]) -> None:
         """Let every one of these workers go on that has, or gets, something to do."""
-        has_unstarted = self._has_more or self._suspects
+        has_unstarted = self._backlog.has_more or self._suspects
         free = [i for i in waiting if has_unstarted or self._workers[i].works]
         if not free:
             return
-        if self._source is None:
-            num_left = self._num_open + self._num_queued + len(self._loose)
+        if self._backlog.is_read_out:
+            num_left = self._num_open + self._backlog.num_waiting
             self._share_per_speed = num_left / max(self._speed, 1e-9)
         # The fastest first: what a slow one gave back is not for itself.
         free.sort(key=lambda i: (-self._workers[i].speed, i))
@@ -296,7 +229,7 @@ class Dispatcher:
     def _submit(self, index: int, prompts: list[Prompt], idle_speed: float) -> None:
         """`idle_speed`: of the fastest worker that has nothing; 0: all have something."""
         worker = self._workers[index]
-        has_more = self._has_more and not worker.is_alone
+        has_more = self._backlog.has_more and not worker.is_alone
         # Never more than it has: it would come back after every step.
         min_open = min(worker.window - worker.width // 2, worker.num_open) if has_more else 0
         # Not of one that is given some: they would go from hand to hand and no step be made.
@@ -311,29 +244,14 @@ class Dispatcher:
         self._pool.submit(index, prompts, min_open, num_to_release)
 
     def _take(self, index: int) -> list[Work]:
-        """Prompts for a worker: those others left, its own, then others' that they would start last."""
         worker = self._workers[index]
         if worker.is_alone:
             return []
-        taken: list[Work] = []
         room = worker.window - worker.num_open
-        if self._source is None:
+        if self._backlog.is_read_out:
             share = math.ceil(self._share_per_speed * worker.speed - 1e-6)  # the sums are rounded
             room = min(room, max(share, int(not worker.works)) - worker.num_open)
-        own = self._queues[index]
-        while len(taken) < room and (self._loose or self._num_queued):
-            if self._loose:
-                taken.append(self._loose.popleft())
-            elif own:
-                taken.append(own.popleft())
-                self._num_queued -= 1
-            elif not self._is_stocked:
-                break
-            else:
-                longest = max(self._queues, key=len)
-                for _ in range(min(room - len(taken), (len(longest) + 1) // 2)):
-                    taken.append(longest.pop())
-                    self._num_queued -= 1
+        taken = self._backlog.take(index, room)
         if not taken and not worker.works and self._suspects:
             taken.append(self._suspects.popleft())
             worker.is_alone = True
@@ -366,7 +284,7 @@ class Dispatcher:
         for kind, detail in result.events:
             self._output.record(kind, worker=event.worker, detail=detail)
         for prompt_id in result.released:
-            self._loose.append(worker.works.pop(prompt_id))
+            self._backlog.give_back(worker.works.pop(prompt_id))
         if not worker.works:
             worker.is_alone = False
         return result.report
@@ -429,9 +347,4 @@ class Dispatcher:
         elif work.num_deaths >= _DEATHS_IN_COMPANY:
             self._suspects.append(work)
         else:
-            self._loose.append(work)
-
-
-def home_worker(prompt_id: str, num_workers: int) -> int:
-    """The worker a prompt belongs to; the same in every process and run."""
-    return stable_hash(prompt_id) % num_workers
+            self._backlog.give_back(work)

@@ -21,17 +21,18 @@ from hashlib import blake2b
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from streaminator.backlog import Work
 from streaminator.config import JobConfig
 from streaminator.data.files import hold, open_output
 from streaminator.data.finished import EarlierRun, Finished
 from streaminator.data.parquet import completions_schema
 from streaminator.data.prompts import load_prompts
-from streaminator.dispatch import Dispatcher, Work
+from streaminator.dispatch import Dispatcher
 from streaminator.engine.checkpoint import check_model, load_tokenizer, model_fingerprint
 from streaminator.errors import ConfigError, StreaminatorError, Terminated
 from streaminator.grading import grader_fingerprint, make_grader
 from streaminator.pool import OpenRun, Pool
-from streaminator.progress import Progress
+from streaminator.progress import Opened, Progress
 from streaminator.run_output import RunOutput
 from streaminator.run_record import (
     Run,
@@ -186,15 +187,16 @@ def _draw(
                 ),
             )
         )
-        num_recorded = 0
+        recorded: dict[int, Opened] = {}
         for report in dispatcher.run():
             progress.update(report)
             if log is not None:
                 log.log(report)
-            if len(pool.opened) >= max(2 * num_recorded, 1):  # not anew for each of a thousand
-                num_recorded = len(pool.opened)
-                record_workers(run, pool.opened)
-        record_workers(run, pool.opened)
+            if len(pool.opened) >= max(2 * len(recorded), 1):  # not anew for each of a thousand
+                recorded = dict(pool.opened)
+                record_workers(run, recorded)
+        if pool.opened != recorded:
+            record_workers(run, pool.opened)
 
 
 def _max_in_flight(config: JobConfig, dataset: _Dataset, num_workers: int, num_left: int) -> int:

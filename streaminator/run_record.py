@@ -149,7 +149,9 @@ def _write(filesystem: pafs.FileSystem, path: str, record: RunRecord) -> None:
         text = json.dumps(asdict(record), indent=2) + "\n"
         write_whole(filesystem, f"{path}/run.json", text.encode())
     except OSError as error:
-        raise OutputError(f"{path}/run.json: cannot be written: {reason(error)}") from error
+        raise OutputError(
+            f"{path}/run.json: cannot be written: {reason(error)}; mend that, and give the same command"
+        ) from error
 
 
 def check_run(

@@ -23,8 +23,9 @@ from hashlib import blake2b
 from operator import index
 from typing import TYPE_CHECKING, Protocol, Self
 
+from streaminator.backlog import Work
 from streaminator.config import JobConfig
-from streaminator.dispatch import Dispatcher, Work
+from streaminator.dispatch import Dispatcher
 from streaminator.engine.checkpoint import load_tokenizer
 from streaminator.errors import ConfigError, DataError, InputError
 from streaminator.pool import OneWorker, Workers

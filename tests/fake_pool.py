@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 from jobs.simulated_pool import SimulatedPool
 from jobs.simulated_streams import Row, Streams
-from streaminator.dispatch import Dispatcher, Work
+from streaminator.backlog import Work
+from streaminator.dispatch import Dispatcher
 from streaminator.pool import Part, WorkerReady
 from streaminator.sequence import Prompt
 

@@ -84,14 +84,14 @@ def open_output(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _remedy(why: str) -> str:
-    """What to do about what an object store says."""
+    """What to do about what storage says."""
     if any(word in why for word in ("ACCESS_DENIED", "ACCESS_KEY", "SIGNATURE", "status 403")):
         return "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of a user who may write there"
     if "OAuth2" in why or "PERMISSION_DENIED" in why:
         return "; set GOOGLE_APPLICATION_CREDENTIALS to the key of a user who may write there"
     if "status 301" in why:
         return "; add ?region=REGION of the bucket"
-    return ""
+    return "; choose another folder or URI"
 
 
 def write_whole(filesystem: pafs.FileSystem, path: str, data: bytes | pa.Buffer) -> None:

@@ -81,7 +81,9 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                     "give one complete object per line"
                 ) from error
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: not readable ({first_line(error)})") from error
+                raise DataError(
+                    f"{place}: not readable ({first_line(error)}); give UTF-8 text"
+                ) from error
             yield _object_row(place, values)
 
 
@@ -94,7 +96,7 @@ def _read_json(path: Path) -> Iterator[Row]:
             "a file with one object per line must be named .jsonl"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable ({first_line(error)})") from error
+        raise DataError(f"{path}: not readable ({first_line(error)}); give UTF-8 text") from error
     if isinstance(content, dict):
         content = content.get("data")
     if isinstance(content, dict):
@@ -155,7 +157,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(f"{path} row {number}", values)
     except pa.ArrowException as error:
-        raise DataError(f"{path}: not a valid Parquet file ({first_line(error)})") from error
+        raise DataError(
+            f"{path}: not a valid Parquet file ({first_line(error)}); write it again"
+        ) from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -55,8 +55,6 @@ class Stream:
     """None in the probing forward, which only learns the layers' shapes."""
     use_paged: bool = False
     """Whether the kernels of `paged_attention` read the cache."""
-    lines: Any = None
-    """The batch's lines as `fused_layers` hands them to its kernels; made in the first layer."""
     calls: dict[int, LayerCall] = field(default_factory=dict)
     """Learned from the probing forward, by layer."""
 

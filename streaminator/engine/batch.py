@@ -25,7 +25,7 @@ _ROOM = 2**17  # numbers of a step that go to a GPU in one copy
 _ALIGNMENT = 16  # numbers; Triton compiles anew for pointers that are not multiples of 16 bytes
 
 
-_ToTensor = Callable[[object], torch.Tensor]
+_ToTensor = Callable[[np.ndarray], torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -93,7 +93,7 @@ class Batch:
         """All lines, in groups of similar length; made on first use."""
         if self._groups is None:
             assert self.lines is not None
-            self._groups = _make_groups(self.lines, _to_tensor)
+            self._groups = _make_groups(self.lines, torch.from_numpy)
         return self._groups
 
 
@@ -123,30 +123,28 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
             block_tables.append(sequence.block_table)
             tokens.append(token)
     firsts, counts, num_sampled, num_drawn, keys = np.array(rows, dtype=np.int64).T.copy()
-    tables = np.zeros((len(rows), max(map(len, block_tables))), dtype=np.int64)
-    for table, blocks in zip(tables, block_tables, strict=True):
-        table[: len(blocks)] = blocks
-    positions = _ranges(firsts, counts)
-    written = positions[:num_written]
-    owners = np.repeat(np.arange(len(rows)), counts)[:num_written]
+    width = max(map(len, block_tables))
+    tables = np.array([blocks + [0] * (width - len(blocks)) for blocks in block_tables])
     ends = counts.cumsum()
-    lines = Lines(
-        starts=ends - counts,
-        counts=counts,
-        firsts=firsts,
-        tables=tables,
-        slots=tables[owners, written // block_size] * block_size + written % block_size,
-        num_seconds=len(rows) - len(sequences),
-    )
+    starts = ends - counts
+    packed = np.arange(len(tokens))
+    owners = np.repeat(np.arange(len(rows)), counts)
+    positions = packed + (firsts - starts)[owners]
+    written = positions[:num_written]
+    slots = tables[owners[:num_written], written // block_size] * block_size + written % block_size
+    first_sampled = ends - num_sampled
+    sampled = np.flatnonzero(packed >= first_sampled[owners])
+    drawers = owners[sampled]
+    lines = Lines(starts, counts, firsts, tables, slots, len(rows) - len(sequences))
     upload = _Upload(device) if device.type == "cuda" else None
-    tensor = upload or _to_tensor
+    tensor = upload or torch.from_numpy
     batch = Batch(
         input_ids=tensor(_padded(tokens))[None],
         positions=tensor(_padded(positions))[None],
-        slot_mapping=tensor(lines.slots),
-        sampled_rows=tensor(_padded(_ranges(ends - num_sampled, num_sampled))),
-        noise_keys=tensor(np.repeat(keys, num_sampled)),
-        noise_positions=tensor(_ranges(num_drawn, num_sampled)),
+        slot_mapping=tensor(slots),
+        sampled_rows=tensor(_padded(sampled)),
+        noise_keys=tensor(keys[drawers]),
+        noise_positions=tensor(sampled + (num_drawn - first_sampled)[drawers]),
         num_tokens=len(tokens),
         lines=lines,
     )
@@ -156,21 +154,11 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
     return batch
 
 
-def _ranges(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """firsts[0], firsts[0] + 1, ..., `counts[0]` of them; then those of firsts[1], and so on."""
-    ends = counts.cumsum()
-    return np.arange(ends[-1]) + np.repeat(firsts - ends + counts, counts)
-
-
 def _padded(numbers: Seq[int] | np.ndarray) -> np.ndarray:
     """`numbers`, and zeros up to the next multiple of rows."""
     padded = np.zeros(-(-len(numbers) // ROW_MULTIPLE) * ROW_MULTIPLE, dtype=np.int64)
     padded[: len(numbers)] = numbers
     return padded
-
-
-def _to_tensor(values: object) -> torch.Tensor:
-    return torch.as_tensor(np.asarray(values, dtype=np.int64))
 
 
 class _Upload:
@@ -186,8 +174,8 @@ class _Upload:
         self._device = torch.empty(room, dtype=torch.int64, device=device)
         self._used = 0
 
-    def __call__(self, values: object) -> torch.Tensor:
-        new = _to_tensor(values)
+    def __call__(self, values: np.ndarray) -> torch.Tensor:
+        new = torch.from_numpy(values)
         end = self._used + new.numel()
         if end > len(self._host):
             return new.to(self._device.device)

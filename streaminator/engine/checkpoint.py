@@ -134,13 +134,15 @@ def _one_line(what: str, config: ModelConfig) -> Iterator[None]:
                 f"--model_name {config.model_name}: the checkpoint wants to run its own code; "
                 "add --trust_remote_code if you trust it"
             ) from error
-        raise ModelError(f"{what} ({first_line(error)})") from error
+        raise ModelError(f"{what} ({first_line(error)}); check the name and its files") from error
 
 
 def _checked_source(name: str, flag: str) -> Path:
     source = Path(_source(name)).expanduser()
     if source.exists() and not (source / "config.json").is_file():
-        raise ModelError(f"{flag} {name}: not a model folder (no config.json in it)")
+        raise ModelError(
+            f"{flag} {name}: not a model folder (no config.json in it); check the path"
+        )
     if not source.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"{flag} {name}: no such folder; check the path")
     return source

@@ -7,7 +7,8 @@ Each step: schedule -> draft -> pack -> forward -> sample -> verify -> commit ->
     schedule  engine/scheduler.py (and block_manager.py)
     draft     engine/speculation.py -> speculative/memory_store.py -> memory.py; store.py -> ngram.py
     pack      engine/batch.py
-    forward   engine/model_runner.py -> the Hugging Face model -> engine/attention.py, kv_cache.py
+    forward   engine/model_runner.py -> the Hugging Face model -> engine/attention.py, kv_cache.py;
+              Llamas on a CPU: fused_model.py -> fused_layers.py -> kernels.py
     sample    engine/sampler.py
     verify    speculative/verify.py
     commit    `Engine._commit` here, engine/stopping.py
@@ -26,16 +27,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from streaminator.config import EngineConfig, SamplingParams, SpeculatorConfig
-from streaminator.engine.batch import Batch, pack
+from streaminator.engine.batch import pack
 from streaminator.engine.block_manager import BlockManager
 from streaminator.engine.model_runner import ModelRunner
-from streaminator.engine.sampler import INVALID_TOKEN, noise_key, sample
+from streaminator.engine.sampler import INVALID_TOKEN, noise_key, sample, to_host
 from streaminator.engine.scheduler import Scheduler
 from streaminator.engine.speculation import Speculation
+from streaminator.engine.step_clock import StepClock
 from streaminator.engine.step_costs import measure_step_costs
 from streaminator.engine.stopping import StopChecker
 from streaminator.engine.stream_width import find_stream_width
@@ -178,7 +179,7 @@ class Engine:
         Out of device memory, nothing has happened yet: it can be called again, after
         `scheduler.narrow`.
         """
-        clock = _Clock(self.runner)
+        clock = StepClock(self.runner.synchronize)
         sequences = self.scheduler.schedule()
         clock.lap("schedule")
         if not sequences:
@@ -192,7 +193,17 @@ class Engine:
         clock.lap("pack")
         logits = self.runner.forward(batch, self._cache)
         clock.lap("forward")
-        tokens, logprobs, top_ids, top_probs = self._sample(logits, batch)
+        with torch.inference_mode():
+            tokens, logprobs, top_ids, top_probs = to_host(
+                sample(
+                    logits,
+                    batch.noise_keys,
+                    batch.noise_positions,
+                    self._sampling,
+                    self._speculation.num_top,
+                    self.runner.kernels,
+                )
+            )
         clock.lap("sample")
         verdicts = verify(sequences, tokens, logprobs)
         clock.lap("verify")
@@ -204,12 +215,10 @@ class Engine:
             reason, error = self._commit(verdict)
             new = verdict.sequence.token_ids[before:]
             if new:
-                gains.append(
-                    self._speculation.gain(verdict, new, top_ids, top_probs, has_ended=bool(reason))
-                )
+                gains.append(self._speculation.gain(verdict, new, has_ended=bool(reason)))
             if reason is not None:
                 ended.append((verdict.sequence, reason, error))
-        self._speculation.learn(gains)
+        self._speculation.learn(gains, top_ids, top_probs)
         finished = [*self._take_failed(), *(self._retire(*end) for end in ended)]
         clock.lap("commit")
         num_new = sum(len(gain.token_ids) for gain in gains)
@@ -279,25 +288,6 @@ class Engine:
         )
         self._speculation.start(sequence)
         return sequence
-
-    def _sample(
-        self, logits: torch.Tensor, batch: Batch
-    ) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
-        keys, positions = batch.noise_keys, batch.noise_positions
-        with torch.inference_mode():
-            num_top = self._speculation.num_top
-            drawn = sample(logits, keys, positions, self._sampling, num_top, self.runner.kernels)
-            if drawn.tokens.device.type == "cpu":
-                tops = drawn.top_ids.numpy(), drawn.top_probs.numpy()
-                return drawn.tokens.tolist(), drawn.logprobs.tolist(), *tops
-            # One transfer; token ids are exact in float64.
-            columns = [drawn.tokens[:, None], drawn.logprobs[:, None], drawn.top_ids]
-            columns.append(drawn.top_probs)
-            both = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
-        num_top = (both.shape[1] - 2) // 2
-        top_ids, top_probs = both[:, 2 : 2 + num_top], both[:, 2 + num_top :]
-        tokens = both[:, 0].astype(np.int64).tolist()
-        return tokens, both[:, 1].tolist(), top_ids.astype(np.int64), top_probs.astype(np.float32)
 
     def _commit(self, verdict: Verdict) -> tuple[FinishReason | None, str | None]:
         """Add the drawn tokens one by one, until one of them ends the completion."""
@@ -391,24 +381,3 @@ class Engine:
     def _grow(self, num_blocks: int) -> None:
         self._cache.grow(num_blocks)
         self.scheduler.block_manager.grow(num_blocks)
-
-
-class _Clock:
-    """Seconds per phase of one step."""
-
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
-        self._last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        if phase in ("pack", "forward"):
-            self._runner.synchronize()
-        now = time.perf_counter()
-        self.seconds[f"seconds_{phase}"] = now - self._last
-        self._last = now
-
-    @property
-    def total(self) -> float:
-        """Seconds of all phases so far."""
-        return sum(self.seconds.values())

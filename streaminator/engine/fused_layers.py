@@ -10,10 +10,11 @@ layers of a model are fused, or none: keys lie differently in the cache (`csrc/a
 
 Where the products are the kernels' own, too, all layers are one call.
 
-Used by: `model_runner`.
+Used by: `fused_model`.
 """
 
 import copy
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from streaminator.engine.kernels import (
     KernelProduct,
     Kernels,
     Layer,
+    Layers,
     lines_of,
     shape_of,
 )
@@ -34,6 +36,9 @@ from streaminator.engine.kv_cache import KVCache
 from streaminator.engine.packed_linear import Packer
 from streaminator.sequence import Prompt
 from streaminator.sequence import Sequence as TokenSequence
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine [T, H] of the packed rows' positions."""
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -46,7 +51,7 @@ class NotFusedError(Exception):
 
 
 class FusedLayer:
-    """One layer; takes the place of its `forward`."""
+    """One layer."""
 
     def __init__(self, layer: Any, call: LayerCall, kernels: Kernels, packer: Packer) -> None:
         self.layer = layer
@@ -68,7 +73,7 @@ class FusedLayer:
             call.shape.num_heads,
             scale=head_dim**-0.5 if call.scaling is None else call.scaling,
             window=call.sliding_window,
-            eps=_eps(self._head_norms[0]) if self._head_norms else 0.0,
+            eps=eps_of(self._head_norms[0]) if self._head_norms else 0.0,
             norms=[norm.weight for norm in self._head_norms],
         )
         self.pack()
@@ -102,7 +107,7 @@ class FusedLayer:
             down.in_features,
             self._shape,
             *(first.weight.data_ptr(), second.weight.data_ptr()),
-            *(_eps(first), _eps(second)),
+            *(eps_of(first), eps_of(second)),
             *products,
         )
 
@@ -110,106 +115,81 @@ class FusedLayer:
         """Whether its products give a row the same result in any batch."""
         return all(self._packer.can_pack(_join(layers)) for layers in self._sources)
 
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        *_: Any,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        stream: Stream,
-        **__: Any,
-    ) -> torch.Tensor:
-        """[1, T, D] -> [1, T, D]."""
-        assert stream.cache is not None
+    def __call__(self, x: torch.Tensor, rotary: Rotary, cache: KVCache, lines: Any) -> torch.Tensor:
+        """[T, D] -> [T, D], `rotary` cosine and sine [T, H], `lines` of `kernels.lines_of`."""
         kernels = self.kernels
         qkv, output, gate_up, down = self._products
         first, second = self._norms
-        x = hidden_states[0]
         attended = kernels.attend(
-            qkv(kernels.rms_norm(x, first.weight, _eps(first))),
-            _rotary(position_embeddings),
-            stream.cache.pools(self.index),
+            qkv(kernels.rms_norm(x, first.weight, eps_of(first))),
+            rotary,
+            cache.pools(self.index),
             self._shape,
-            _lines(stream),
+            lines,
         )
         x = output.add_to(x, attended)
-        both = gate_up(kernels.rms_norm(x, second.weight, _eps(second)))
-        return down.add_to(x, kernels.silu_mul(both))[None]
+        both = gate_up(kernels.rms_norm(x, second.weight, eps_of(second)))
+        return down.add_to(x, kernels.silu_mul(both))
 
 
 class FusedStack:
-    """All layers as one call; takes the place of the first one's `forward`, the others pass it on."""
+    """Layers one after another; one call where all products are the kernels'."""
 
-    def __init__(self, layers: Sequence[FusedLayer], kernels: Kernels) -> None:
-        self._layers = layers
-        self._kernels = kernels
+    def __init__(self, layers: Sequence[FusedLayer]) -> None:
+        self.layers = layers
+        self.kernels = layers[0].kernels
+        self._described: Layers | None = None
+        self._described_for: tuple[weakref.ref[KVCache], int] | None = None
 
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        *_: Any,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        stream: Stream,
-        **__: Any,
-    ) -> torch.Tensor:
-        """[1, T, D] -> [1, T, D]."""
-        assert stream.cache is not None
-        described = []
-        for layer in self._layers:
-            assert layer.described is not None
-            keys, values = stream.cache.pools(layer.index)
-            layer.described.keys, layer.described.values = keys.data_ptr(), values.data_ptr()
-            described.append(layer.described)
-        x, rotary = hidden_states[0], _rotary(position_embeddings)
-        return self._kernels.run_layers(x, rotary, described, _lines(stream))[None]
+    @property
+    def is_one_call(self) -> bool:
+        """Whether C goes through the layers."""
+        return all(layer.described is not None for layer in self.layers)
 
+    def pack(self) -> None:
+        """Pack the weights as they are now."""
+        self._described = None
+        for layer in self.layers:
+            layer.pack()
 
-def install(layers: Sequence[FusedLayer]) -> None:
-    """From now on the model's layers run fused."""
-    if any(layer.described is None for layer in layers):
-        for layer in layers:
-            layer.layer.forward = layer
-        return
-    first, *others = layers
-    first.layer.forward = FusedStack(layers, first.kernels)
-    for layer in others:
-        layer.layer.forward = _pass_on
+    def __call__(self, x: torch.Tensor, rotary: Rotary, cache: KVCache, lines: Any) -> torch.Tensor:
+        """See `FusedLayer`; what comes out may lie where `x` lay."""
+        if self.is_one_call:
+            self.kernels.run_layers(x, rotary, self._describe(cache), lines)
+            return x
+        for layer in self.layers:
+            x = layer(x, rotary, cache, lines)
+        return x
 
-
-def _pass_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return hidden_states
-
-
-def _lines(stream: Stream) -> Any:
-    if stream.lines is None:
-        assert stream.batch.lines is not None
-        stream.lines = lines_of(stream.batch.lines)
-    return stream.lines
-
-
-def _rotary(
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    cosine, sine = position_embeddings
-    return cosine[0].contiguous(), sine[0].contiguous()
+    def _describe(self, cache: KVCache) -> Layers:
+        # A cache that has grown lies somewhere else.
+        described_for = weakref.ref(cache), cache.num_blocks
+        if self._described is None or self._described_for != described_for:
+            described = []
+            for layer in self.layers:
+                assert layer.described is not None
+                keys, values = cache.pools(layer.index)
+                layer.described.keys, layer.described.values = keys.data_ptr(), values.data_ptr()
+                described.append(layer.described)
+            self._described = self.kernels.join_layers(described)
+            self._described_for = described_for
+        return self._described
 
 
 def fuse_layers(
-    model: Any, calls: dict[int, LayerCall], block_size: int, packer: Packer
-) -> list[FusedLayer]:
-    """All decoder layers of a model, tried, not installed yet.
+    decoder: Any, calls: dict[int, LayerCall], block_size: int, packer: Packer
+) -> FusedStack:
+    """All layers of a model's decoder, tried.
 
     Raises: NotFusedError naming the reason.
     """
-    decoder = model.get_decoder()
     layers: list[Any] = list(getattr(decoder, "layers", []))
     if len(layers) != len(calls) or not hasattr(decoder, "rotary_emb"):
-        raise NotFusedError(f"{type(model).__name__} is not built like a Llama")
+        raise NotFusedError(f"{type(decoder).__name__} is not built like a Llama's")
     if block_size != BLOCK_SIZE:
         raise NotFusedError(f"they need --block_size {BLOCK_SIZE}")
     for layer in layers:
         _check(layer, calls)
-    if not _are_all_there_is(decoder, layers):
-        raise NotFusedError(f"{type(decoder).__name__} computes something between its layers")
     dtype = layers[0].mlp.down_proj.weight.dtype
     try:
         kernels = {d: Kernels(d, calls[0].shape.key_dim) for d in {dtype, torch.float32}}
@@ -224,7 +204,7 @@ def fuse_layers(
         fused.append(FusedLayer(layer, call, kernels[dtype], packer))
         if not fused[-1].can_pack():
             raise NotFusedError("a row of its products is not the same in any batch")
-    return fused
+    return FusedStack(fused)
 
 
 def _check(layer: Any, calls: dict[int, LayerCall]) -> None:
@@ -252,30 +232,14 @@ def _check(layer: Any, calls: dict[int, LayerCall]) -> None:
     head_norms = _head_norms(attention)
     dims = [sizes[1]] * 2 + [shape.key_dim] * len(head_norms)
     for norm, dim in zip(norms + head_norms, dims, strict=True):
-        is_known = getattr(norm, "weight", None) is not None and _eps(norm) is not None
-        if not is_known or norm.weight.shape != (dim,) or getattr(norm, "bias", None) is not None:
-            raise NotFusedError(f"{type(norm).__name__} is not a Llama's norm")
+        check_norm(norm, dim)
 
 
-@torch.inference_mode()
-def _are_all_there_is(decoder: Any, layers: Sequence[Any]) -> bool:
-    """Whether the decoder hands each layer, untouched, what the one before it returned."""
-    given: list[torch.Tensor] = []
-
-    def pass_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        given.append(hidden_states)
-        return hidden_states
-
-    forwards = [layer.forward for layer in layers]
-    zero = torch.zeros(1, 1, dtype=torch.int64)
-    try:
-        for layer in layers:
-            layer.forward = pass_on
-        decoder(input_ids=zero, position_ids=zero, use_cache=False)
-    finally:
-        for layer, forward in zip(layers, forwards, strict=True):
-            layer.forward = forward
-    return len(given) == len(layers) and all(hidden is given[0] for hidden in given)
+def check_norm(norm: Any, dim: int) -> None:
+    """Raises: NotFusedError when it has not the parts of a Llama's norm of rows [dim]."""
+    is_known = getattr(norm, "weight", None) is not None and eps_of(norm) is not None
+    if not is_known or norm.weight.shape != (dim,) or getattr(norm, "bias", None) is not None:
+        raise NotFusedError(f"{type(norm).__name__} is not a Llama's norm")
 
 
 @torch.inference_mode()
@@ -286,32 +250,40 @@ def _computes_the_same(
     layer = copy.deepcopy(layer).float()
     index: int = layer.self_attn.layer_idx
     generator = torch.Generator().manual_seed(index)
-    device = torch.device("cpu")
     results = []
     fused = FusedLayer(layer, call, kernels, packer)
-    forwards = [layer.forward, fused]
-    if fused.described is not None:
-        forwards.append(FusedStack([fused], kernels))
-    for forward in forwards:
+    for forward in (layer, fused, FusedStack([fused])):
         generator.manual_seed(index)
-        options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
         cache = KVCache({index: call.shape}, num_blocks=8, block_size=BLOCK_SIZE, **options)
         deltas = []
         for batch in _made_up_steps():
             x = torch.randn(
-                1, batch.positions.shape[1], layer.mlp.down_proj.out_features, generator=generator
+                batch.positions.shape[1], layer.mlp.down_proj.out_features, generator=generator
             )
-            rotary = decoder.rotary_emb(x, position_ids=batch.positions)
-            stream = Stream(batch, cache)
-            result = forward(x, position_embeddings=rotary, stream=stream, attention_mask=None)
-            if not isinstance(result, torch.Tensor):
-                return False
-            deltas.append((result - x)[0, : batch.num_tokens])
+            cosine, sine = decoder.rotary_emb(x[None], position_ids=batch.positions)
+            if forward is layer:
+                rotary, stream = (cosine, sine), Stream(batch, cache)
+                result = layer(
+                    x[None], position_embeddings=rotary, stream=stream, attention_mask=None
+                )
+                if not isinstance(result, torch.Tensor):
+                    return False
+                result = result[0]
+            else:
+                assert batch.lines is not None
+                result = forward(x.clone(), (cosine[0], sine[0]), cache, lines_of(batch.lines))
+            deltas.append((result - x)[: batch.num_tokens])
         results.append(torch.cat(deltas))
     plain, *others = results
+    return all(is_near(plain, other) for other in others)
+
+
+def is_near(plain: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two float32 results are the same but for rounding."""
     # What rows are is about 1; float32 keeps 1e-7 of it.
     limit = 1e-3 * plain.abs().max() + 1e-5
-    return all(bool((plain - other).abs().max() <= limit) for other in others)
+    return bool((plain - other).abs().max() <= limit)
 
 
 def _made_up_steps() -> list[Any]:
@@ -340,7 +312,8 @@ def _head_norms(attention: Any) -> list[Any]:
     return [attention.q_norm, attention.k_norm] if has_norms else []
 
 
-def _eps(norm: Any) -> Any:
+def eps_of(norm: Any) -> Any:
+    """Its epsilon, None without one."""
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 

@@ -9,8 +9,9 @@ Used by: `fused_layers`, `packed_linear`, `sampler`.
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from streaminator.engine.batch import Lines
@@ -65,6 +66,14 @@ class Layer(ctypes.Structure):
         *((name, _Weight) for name in ("qkv", "output", "gate_up", "down")),
         *((name, ctypes.c_void_p) for name in ("keys", "values")),
     )
+
+
+class Layers(NamedTuple):
+    """Layers one after another, as C takes them."""
+
+    array: "ctypes.Array[Layer]"
+    room: int
+    """Numbers of scratch for a row."""
 
 
 class Kernels:
@@ -145,24 +154,31 @@ class Kernels:
             raise MemoryError("no memory for the scores of attention")
         return out
 
+    def join_layers(self, layers: Sequence[Layer]) -> Layers:
+        """Copies of the layers, for `run_layers`."""
+        room = max(self._library.room_of(ctypes.byref(layer)) for layer in layers)
+        return Layers((Layer * len(layers))(*layers), room)
+
     def run_layers(
         self,
         x: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        layers: Sequence[Layer],
+        layers: Layers,
         lines: _Lines,
-    ) -> torch.Tensor:
-        """Whole layers, one after another: [T, D] -> [T, D]; see `attend`."""
-        array = (Layer * len(layers))(*layers)
-        room = max(self._library.room_of(ctypes.byref(layer)) for layer in layers)
-        out, scratch = x.clone(), x.new_empty(len(x) * room)
-        pointers = (t.data_ptr() for t in (out, scratch, *rotary))
+    ) -> None:
+        """Whole layers, one after another, in place on [T, D]; see `attend`."""
+        scratch = x.new_empty(len(x) * layers.room)
+        pointers = (t.data_ptr() for t in (x, scratch, *rotary))
         failed = self._library.run_layers(
-            *pointers, array, len(layers), ctypes.byref(lines), len(x), self._num_threads
+            *pointers,
+            layers.array,
+            len(layers.array),
+            ctypes.byref(lines),
+            len(x),
+            self._num_threads,
         )
         if failed:
             raise MemoryError("no memory for the layers' scratch")
-        return out
 
     def sample(
         self,
@@ -266,9 +282,9 @@ def shape_of(
 def lines_of(lines: Lines) -> _Lines:
     """A batch's lines, which must outlive what is returned."""
     arrays = (lines.slots, lines.starts, lines.counts, lines.firsts, lines.tables)
-    assert all(array.dtype == "int64" and array.flags.c_contiguous for array in arrays)
+    assert all(array.dtype == np.int64 and array.flags.c_contiguous for array in arrays)
     return _Lines(
-        int(lines.counts.sum()),
+        int(lines.starts[-1] + lines.counts[-1]),
         len(lines.slots),
         len(lines.starts),
         lines.num_seconds,

@@ -19,7 +19,8 @@ from streaminator.engine.batch import Batch
 from streaminator.engine.checkpoint import load_model
 from streaminator.engine.compile_kernels import KernelsMissingError
 from streaminator.engine.device import resolve_device, resolve_dtype
-from streaminator.engine.fused_layers import FusedLayer, NotFusedError, fuse_layers, install
+from streaminator.engine.fused_layers import NotFusedError
+from streaminator.engine.fused_model import FusedModel, fuse_model
 from streaminator.engine.kernels import Kernels
 from streaminator.engine.kv_cache import KVCache, bytes_per_block
 from streaminator.engine.packed_linear import Packer, find_packable, pack_linear
@@ -55,7 +56,7 @@ class ModelRunner:
         """Compiled for the model's type, from `pack_weights` on; None: they are not used, or not to be had."""
         self._packer: Packer | None = None
         self._packed: list[torch.nn.Linear] = []
-        self._fused: list[FusedLayer] = []
+        self._fused: FusedModel | None = None
         self._not_fused = ""
         self._pages = config.paged_attention and self.device.type == "cuda"
         self._use_paged: dict[int, bool] = {}
@@ -111,21 +112,21 @@ class ModelRunner:
         self._packer = Packer(self.kernels)
         if self.kernels:
             try:
-                self._fused = fuse_layers(self.model, self._calls, block_size, self._packer)
+                self._fused = fuse_model(
+                    self.model, self._calls, block_size, self._packer, self.max_model_len
+                )
             except NotFusedError as error:
                 self._not_fused = str(error)
-        fused = {linear for layer in self._fused for linear in layer.linears}
+        fused = self._fused.linears if self._fused else ()
         self._packed = find_packable(self.model, self._packer, fused)
-        if self._fused:
-            install(self._fused)
         pack_linear(self._packed, self._packer)
 
     def repack_weights(self) -> None:
         """The weights have changed: pack again what is packed."""
         if self._packer is not None:
             pack_linear(self._packed, self._packer)
-        for layer in self._fused:
-            layer.pack()
+        if self._fused:
+            self._fused.pack()
 
     def make_cache(self, config: EngineConfig, max_length: int) -> KVCache:
         """Allocate the blocks: as many as a full stream can use, within the memory there is.
@@ -188,6 +189,8 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Logits [R, V] of the batch's sampled rows; keys and values go to the cache."""
+        if self._fused:
+            return self._fused(batch, cache)[: len(batch.noise_keys)]
         output = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
@@ -206,7 +209,7 @@ class ModelRunner:
         """What weights and cache take, in words."""
         weights = sum(tensor.nbytes for tensor in {*self.model.parameters(), *self.model.buffers()})
         packed = sum(layer.weight.nbytes for layer in self._packed)
-        packed += sum(layer.nbytes for layer in self._fused)
+        packed += self._fused.nbytes if self._fused else 0
         per_block = bytes_per_block(self.shapes, cache.block_size, self.dtype)
         return (
             f"weights {(weights + packed) / 2**30:.2g} GiB; keys and values "

@@ -23,6 +23,7 @@ import math
 from hashlib import blake2b
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from streaminator.config import SamplingParams
@@ -49,6 +50,20 @@ class Drawn(NamedTuple):
     top_probs: torch.Tensor
     """[R, M] their probabilities at the sampling temperature (at 1 where that is 0), before
     filters; float32."""
+
+
+def to_host(drawn: Drawn) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
+    """The fields of `drawn`, where the stream's other parts use them."""
+    if drawn.tokens.device.type == "cpu":
+        tops = drawn.top_ids.numpy(), drawn.top_probs.numpy()
+        return drawn.tokens.tolist(), drawn.logprobs.tolist(), *tops
+    # One transfer; token ids are exact in float64.
+    columns = [drawn.tokens[:, None], drawn.logprobs[:, None], drawn.top_ids, drawn.top_probs]
+    both = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
+    num_top = drawn.top_ids.shape[1]
+    top_ids, top_probs = both[:, 2 : 2 + num_top], both[:, 2 + num_top :]
+    tokens = both[:, 0].astype(np.int64).tolist()
+    return tokens, both[:, 1].tolist(), top_ids.astype(np.int64), top_probs.astype(np.float32)
 
 
 def noise_key(seed: int, prompt_id: str, sample_index: int) -> int:

@@ -118,13 +118,15 @@ class Scheduler:
             return
         sequence.num_cached_tokens = num_cached_tokens
         entry = self._open[sequence.prompt.prompt_id]
+        keep = min(num_cached_tokens, sequence.num_prompt_tokens - 1)
+        if keep <= entry.num_resident_tokens:
+            return
         self._publish(entry, sequence)
         size = self.block_manager.block_size
-        keep = min(num_cached_tokens, sequence.num_prompt_tokens - 1)
         # A sibling may have written its own copy of the last resident block: it cannot go on there.
-        shares_all = sequence.block_table[: len(entry.resident_blocks)] == entry.resident_blocks
-        if keep > entry.num_resident_tokens and shares_all:
-            blocks = sequence.block_table[len(entry.resident_blocks) : -(-keep // size)]
+        num = len(entry.resident_blocks)
+        if sequence.block_table[:num] == entry.resident_blocks:
+            blocks = sequence.block_table[num : -(-keep // size)]
             self.block_manager.share(blocks)
             entry.resident_blocks.extend(blocks)
             entry.num_resident_tokens = keep

@@ -83,8 +83,8 @@ class Speculation:
             return [], None
         drafting = [s for s in sequences if s.is_sampled and s.may_draft]
         # The step adds one token more than it accepts.
-        rooms = [s.max_num_tokens - len(s.token_ids) - 1 for s in drafting]
-        caps = [min(self._config.max_draft, room) for room in rooms]
+        most = self._config.max_draft
+        caps = [min(most, s.max_num_tokens - len(s.token_ids) - 1) for s in drafting]
         floor = self.budget.floor if self.budget else 0.0
         chains, seconds, survival = self.store.draft_all(drafting, caps, floor)
         alternatives: list[dict[int, int]] = [{} for _ in drafting]
@@ -92,8 +92,8 @@ class Speculation:
             num_tokens = sum(s.num_scheduled_tokens for s in sequences)
             pays = self.budget.cut(survival, num_tokens, len(drafting))
             chains = [c[:num] for c, num in zip(chains, pays[:, 0].sum(1).tolist(), strict=True)]
-            for row, place in np.argwhere(pays[:, 1]).tolist():
-                alternatives[row][place] = int(seconds[row, place])
+            for row, place in zip(*pays[:, 1].nonzero(), strict=True):
+                alternatives[row][int(place)] = int(seconds[row, place])
         for sequence, chain, beside in zip(drafting, chains, alternatives, strict=True):
             if chain:
                 num = reserve(sequence, len(chain))
@@ -101,36 +101,31 @@ class Speculation:
                 sequence.alternatives = {p: token for p, token in beside.items() if p < num}
         return drafting, survival
 
-    def gain(
-        self,
-        verdict: Verdict,
-        new: list[int],
-        top_ids: np.ndarray,
-        top_probs: np.ndarray,
-        *,
-        has_ended: bool,
-    ) -> Gain:
+    def gain(self, verdict: Verdict, new: list[int], *, has_ended: bool) -> Gain:
         """What there is to learn from a sequence's rows."""
         sequence, accepted = verdict.sequence, verdict.num_accepted
-        rejected = sequence.draft[accepted : accepted + MAX_REJECTED] if self.num_top else []
-        if has_ended or verdict.takes_second:
-            rejected = []
-        # The rejected ones' rows are behind the accepted ones', a second choice's somewhere else.
-        first = verdict.rows[0]
-        places = slice(first, first + len(new) + len(rejected))
-        rows = verdict.rows[: len(new)] if verdict.takes_second else places
-        ids, probs = top_ids[rows], top_probs[rows]
-        if self._config.store_distributions:
-            sequence.top.append(StepTop(rejected, ids.astype(np.int32), probs.copy()))
-        num_top = self.store.num_top
-        if not num_top:
-            rejected, ids, probs = [], ids[: len(new)], probs[: len(new)]
-        return Gain(sequence, new, rejected, ids[:, :num_top], probs[:, :num_top])
+        rows = verdict.rows[: len(new)]
+        rejected: list[int] = []
+        if self.num_top and not has_ended and not verdict.takes_second:
+            rejected = sequence.draft[accepted : accepted + MAX_REJECTED]
+            rows.extend(range(rows[-1] + 1, rows[-1] + 1 + len(rejected)))
+        return Gain(sequence, new, rejected, rows)
 
-    def learn(self, gains: Seq[Gain]) -> None:
-        """Learn what a step's sequences gained."""
-        if self._is_on:
-            self.store.commit_all(gains)
+    def learn(
+        self, gains: Seq[Gain], top_ids: NDArray[np.int64], top_probs: NDArray[np.float32]
+    ) -> None:
+        """Learn what a step's sequences gained; see `Store.commit_all`."""
+        if self._config.store_distributions:
+            for gain in gains:
+                ids, probs = top_ids[gain.rows].astype(np.int32), top_probs[gain.rows]
+                gain.sequence.top.append(StepTop(gain.rejected, ids, probs))
+        if not self._is_on:
+            return
+        if self.num_top > self.store.num_top == 0:
+            gains = [
+                gain._replace(rejected=[], rows=gain.rows[: len(gain.token_ids)]) for gain in gains
+            ]
+        self.store.commit_all(gains, top_ids, top_probs)
 
     def observe_step(
         self,

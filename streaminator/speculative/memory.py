@@ -73,7 +73,7 @@ class Drafts(NamedTuple):
     @property
     def lengths(self) -> Ints:
         """[n] of the chains."""
-        return np.count_nonzero(self.survival[:, 0], axis=1)
+        return (self.survival[:, 0] > 0).sum(1)
 
 
 class Memory:
@@ -229,7 +229,7 @@ class Memory:
             handles: [n] each at most once.
             caps: [n] most tokens for each, second choices included.
         """
-        caps = np.clip(caps, 0, MAX_DRAFT)
+        caps = np.minimum(np.maximum(caps, 0), MAX_DRAFT)
         tokens = np.zeros((len(handles), 2, int(caps.max(initial=0))), np.int64)
         survival = np.zeros(tokens.shape, np.float32)
         kernels.draft(
@@ -239,7 +239,7 @@ class Memory:
             kernels.new_chains(len(handles), tokens.shape[2], len(self._strengths)),
             self._scratch, tokens, survival,
         )  # fmt: skip
-        width = int(np.count_nonzero(survival[:, 0], axis=1).max(initial=0))
+        width = np.count_nonzero(survival[:, 0].any(0))
         return Drafts(tokens[..., :width], survival[..., :width])
 
     def commit(
@@ -321,26 +321,21 @@ class Memory:
 
     def _make_room(self, handles: Ints, lengths: Ints, rows_per_context: float) -> None:
         """Grow the tables that might not hold what comes next."""
-        totals = np.bincount(self._running[handles, rates.TABLE], lengths).astype(np.int64)
-        owners = np.flatnonzero(totals)
-        totals = totals[owners]
-        full = self._is_full(self._tables[owners], totals * NUM_CONTEXTS, rows_per_context)
-        for table, length in zip(owners[full], totals[full], strict=True):
-            self._grow(int(table), int(length) * NUM_CONTEXTS, rows_per_context)
+        tables = self._tables
+        num_contexts = np.bincount(self._running[handles, rates.TABLE], lengths, len(tables))
+        num_contexts *= NUM_CONTEXTS
         if self._shared:
-            num = int(lengths.sum()) * NUM_SHARED_CONTEXTS
-            if self._is_full(self._tables[_SHARED], num, rows_per_context):
-                self._grow(_SHARED, num, rows_per_context)
-
-    @staticmethod
-    def _is_full(records: Ints, num_contexts: Ints | int, rows_per_context: float) -> NDArray:
-        slots = records[..., NUM_SLOTS]
-        overflow = records[..., NUM_ROWS] - slots
-        full = records[..., USED_SLOTS] + num_contexts > 0.8 * slots
+            num_contexts[_SHARED] = lengths.sum() * NUM_SHARED_CONTEXTS
+        slots = tables[:, NUM_SLOTS]
+        overflow = tables[:, NUM_ROWS] - slots
+        is_full = tables[:, USED_SLOTS] + num_contexts > 0.8 * slots
         # A full list only forgets its least token: overflow may run short, slots may not.
         more = num_contexts * (rows_per_context - 1)
-        full |= records[..., USED_OVERFLOW] + more > 0.95 * overflow
-        return full & (slots > 0)
+        is_full |= tables[:, USED_OVERFLOW] + more > 0.95 * overflow
+        is_full &= (num_contexts > 0) & (slots > 0)
+        if is_full.any():
+            for table in sorted(np.flatnonzero(is_full).tolist(), key=_SHARED.__eq__):
+                self._grow(table, int(num_contexts[table]), rows_per_context)
 
     def _grow(self, table: int, num_contexts: int, rows_per_context: float) -> None:
         """Double a table until it has room; one that may not double drops its oldest half."""

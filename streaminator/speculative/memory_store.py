@@ -79,16 +79,19 @@ class MemoryStore:
         chains = [row[:num] for row, num in rows]
         return Guesses(chains, drafts.tokens[:, 1], drafts.survival)
 
-    def commit_all(self, gains: Seq[Gain]) -> None:
+    def commit_all(
+        self, gains: Seq[Gain], top_ids: NDArray[np.int64], top_probs: NDArray[np.float32]
+    ) -> None:
         """Learn a step's tokens, and how good its drafts were."""
         if not gains:
             return
+        rows = np.array([row for gain in gains for row in gain.rows])
         self._memory.commit(
             self._arrange([gain.sequence for gain in gains]),
             np.array([token for gain in gains for token in gain.token_ids], np.int64),
             np.array([len(gain.token_ids) for gain in gains], np.int64),
-            np.concatenate([gain.top_ids for gain in gains]),
-            np.concatenate([gain.top_probs for gain in gains]),
+            top_ids[:, : self.num_top].take(rows, 0),
+            top_probs[:, : self.num_top].take(rows, 0),
             np.array([token for gain in gains for token in gain.rejected], np.int64),
             np.array([len(gain.rejected) for gain in gains], np.int64),
         )

@@ -62,11 +62,9 @@ class Gain(NamedTuple):
     rejected: list[int]
     """The first drafts behind the accepted ones, at most `MAX_REJECTED`; none where M is 0, or
     where a second choice was accepted."""
-    top_ids: NDArray[np.int64]
-    """[len(token_ids) + len(rejected), M] the model's most likely tokens where each of `token_ids`
-    was drawn, then after each of `rejected`."""
-    top_probs: NDArray[np.float32]
-    """[len(token_ids) + len(rejected), M] their probabilities."""
+    rows: list[int]
+    """[len(token_ids) + len(rejected)] which of the sampled rows tell what the model said where each
+    of `token_ids` was drawn, then after each of `rejected`."""
 
 
 class Store(Protocol):
@@ -88,8 +86,16 @@ class Store(Protocol):
         """
         ...
 
-    def commit_all(self, gains: Sequence[Gain]) -> None:
-        """Learn what a step drew; called before the sequences that end with it finish."""
+    def commit_all(
+        self, gains: Sequence[Gain], top_ids: NDArray[np.int64], top_probs: NDArray[np.float32]
+    ) -> None:
+        """Learn what a step drew; called before the sequences that end with it finish.
+
+        Args:
+            gains: of the sequences that were drawn for.
+            top_ids: [R, M or more] the model's most likely tokens on each sampled row.
+            top_probs: [R, M or more] their probabilities.
+        """
         ...
 
     def finish(self, sequence: flight.Sequence, *, has_failed: bool) -> None:

@@ -50,7 +50,7 @@ def count_accepted(drawn: Sequence[int], draft: Sequence[int]) -> int:
 
 
 def verify(
-    sequences: Sequence[flight.Sequence], tokens: Sequence[int], logprobs: Sequence[float]
+    sequences: Sequence[flight.Sequence], tokens: list[int], logprobs: list[float]
 ) -> list[Verdict]:
     """Compare the drafts of all sequences with the tokens drawn on their rows.
 
@@ -68,16 +68,17 @@ def verify(
             continue
         num_rows = 1 + len(sequence.draft)
         num = count_accepted(tokens[row : row + num_rows], sequence.draft)
-        rows = list(range(row, row + num + 1))
-        verdicts.append(Verdict(sequence, [tokens[r] for r in rows], [], rows, num))
+        end = row + num + 1
+        rows = list(range(row, end))
+        verdicts.append(Verdict(sequence, tokens[row:end], logprobs[row:end], rows, num))
         row += num_rows
     for verdict in verdicts:
         for place, token in verdict.sequence.alternatives.items():
             if place == verdict.num_accepted and verdict.drawn[place] == token:
                 verdict.drawn.append(tokens[row])
+                verdict.logprobs.append(logprobs[row])
                 verdict.rows.append(row)
             row += 1
-        verdict.logprobs.extend(logprobs[r] for r in verdict.rows)
     return verdicts
 
 
@@ -96,9 +97,11 @@ def calibration(
     if survival is None:
         return [], []
     verified, accepted = [0] * 10, [0] * 10
-    verdict_of = {id(verdict.sequence): verdict for verdict in verdicts}
+    verdict_of = {id(v.sequence): v for v in verdicts if v.sequence.draft}
     for sequence, (chain, beside) in zip(drafting, survival.tolist(), strict=True):
-        verdict = verdict_of[id(sequence)]
+        verdict = verdict_of.get(id(sequence))
+        if verdict is None:
+            continue
         for place, chance in enumerate(chain[: len(sequence.draft)]):
             tenth = min(int(chance * 10), 9)
             verified[tenth] += 1

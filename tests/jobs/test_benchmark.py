@@ -219,7 +219,7 @@ def test_tokens_behind_the_end_are_not_counted() -> None:
         (["--repeats", "0"], "--repeats 0: must be 1 or more"),
         (["--engines", "plain,vlm"], "--engines vlm: must be of plain, speculative, ngram"),
         (["--engines", "no/such.py"], "--engines no/such.py: no such file"),
-        (["--repeats", "x"], "--repeats: invalid int value: 'x'"),
+        (["--repeats", "x"], "--repeats x: must be a whole number"),
         (["--repeat", "2"], "unknown flag --repeat: did you mean --repeats?"),
         (["--random-modle", "100m"], "unknown flag --random_modle: did you mean --random_model?"),
         (["--random_model", "1b"], "--random_model: invalid choice: '1b'"),

@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.utils import logging
 
-from jobs.inflate import check, inflate, main, widened_config
+from jobs.inflate import main
+from jobs.inflate_check import check
+from jobs.inflate_model import inflate, widened_config
 from streaminator.cli import main_program
 from streaminator.engine.checkpoint import DEMO_MODEL
 from streaminator.errors import InputError

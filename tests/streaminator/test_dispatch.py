@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from streaminator.dispatch import Work, home_worker
+from streaminator.backlog import Work, home_worker
 from streaminator.errors import WorkerDiedError
 from streaminator.sequence import Prompt
 from tests.fake_pool import FakePool, dispatch, random_faults

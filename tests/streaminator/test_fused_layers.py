@@ -127,9 +127,20 @@ def test_layers_that_only_look_like_a_llamas_stay_as_they_are(name: str, tmp_pat
     assert tokens(sample(runner)) == tokens(expected)
 
 
-def test_layers_stay_as_they_are_where_something_happens_between_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "place", ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", ""]
+)
+def test_a_model_stays_as_it_is_where_something_happens_around_its_layers(
+    place: str, tmp_path: Path
+) -> None:
+    def change(_module: Any, _given: Any, result: Any) -> Any:
+        if isinstance(result, torch.Tensor):
+            return result * 1.5
+        result.logits = result.logits * 1.5
+        return result
+
     def steer(runner: ModelRunner) -> ModelRunner:
-        runner.model.model.layers[0].register_forward_hook(lambda *given: given[-1] * 1.5)
+        runner.model.get_submodule(place).register_forward_hook(change)
         return runner
 
     folder = save(tmp_path, FUSED["Llama"], torch.float32)
@@ -137,7 +148,25 @@ def test_layers_stay_as_they_are_where_something_happens_between_them(tmp_path: 
     expected = sample(steer(load(folder, packed_linear=False)))
     assert tokens(sample(runner)) == tokens(expected)
     if has_compiler():
-        assert "LlamaModel computes something between its layers" in told(runner)
+        assert "layers are not fused: Llama" in told(runner)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rotations_of_a_fused_model_are_the_models_own_at_any_length(
+    dtype: str, tmp_path: Path
+) -> None:
+    runner = load(save(tmp_path, FUSED["Llama"], getattr(torch, dtype)), dtype)
+    make_engine(runner, sampling=SAMPLING)
+    fused = runner._fused
+    assert fused is not None
+    like = torch.empty(0, dtype=getattr(torch, dtype))
+    for length in (8, 1500, 3000):
+        positions = torch.randint(length, (24,), generator=torch.Generator().manual_seed(length))
+        _, rotary = fused.embed(positions * 0, positions, length)
+        cosine, sine = runner.model.model.rotary_emb(like, position_ids=positions[None])
+        assert torch.equal(rotary[0], cosine[0])
+        assert torch.equal(rotary[1], sine[0])
 
 
 def test_without_a_compiler_layers_stay_as_they_are(
