@@ -11,12 +11,12 @@ They do not name the candidate where they can do without: so what is learned ("b
 stood behind `=`") holds for numbers and names never seen. Weights climb the gradient of the
 log-likelihood under the model's distribution (AdaGrad, Duchi 2011), at each step's first drafted token.
 
-The text of a running sequence is its last tokens in rows of `history`:
+The text of a running sequence is its last tokens, one in each row of `history`:
 
-    TEXT    the tokens
-    ROLE    the last word before each, and how many tokens of a number lie between
-    LINK    where the same token stood before, -1: nowhere
-    LAST    by token id modulo the row: 1 + where it stood last
+    TEXT    the token
+    ROLE    the last word before it, and how many tokens of a number lie between
+    LINK    where the same token stood before (-1: nowhere), times 4; and how often by now, up to 3
+    LAST    of the token whose id modulo the rows this is: 1 + where it stood last
 
 Used by: `memory`, `memory_kernels`, `memory_learning`, `memory_mixing`.
 """
@@ -28,14 +28,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.speculative.memory_noise import exp, log
 from streaminator.speculative.memory_rates import LENGTH, NUM_PROMPT, Floats
 from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline
 from streaminator.speculative.memory_tables import NUM_CONTEXTS, is_number
 
-HISTORY_SHAPE = (4, 512)
+HISTORY_SHAPE = (512, 4)
 """Of one running sequence."""
 _TEXT, _ROLE, _LINK, _LAST = range(4)
-_SIZE = HISTORY_SHAPE[1]
+_SIZE = HISTORY_SHAPE[0]
 _KEPT = 256  # tokens that stay when a history is full
 _DRAFTED = 64  # tokens that may be drafted behind it
 
@@ -101,7 +102,7 @@ _HASH_SHIFT = np.uint64(64 - _BITS)
 @jit_inline
 def _role_after(history: Rows, place: int, numbers: NDArray[np.bool_]) -> int:
     """Role of the place behind this one."""
-    token, role = np.int64(history[_TEXT, place]), np.int64(history[_ROLE, place])
+    token, role = np.int64(history[place, _TEXT]), np.int64(history[place, _ROLE])
     if is_number(numbers, token):
         return role + 1 if role & 3 < 3 else role
     return token << 2
@@ -111,19 +112,22 @@ def _role_after(history: Rows, place: int, numbers: NDArray[np.bool_]) -> int:
 def push(history: Rows, length: int, token: int, numbers: NDArray[np.bool_]) -> int:
     """Append a token to a text of `length`; returns what stood in its place of LAST before."""
     at = token & (_SIZE - 1)
-    before = np.int64(history[_LAST, at])
+    before = np.int64(history[at, _LAST])
     last = before - 1
-    history[_TEXT, length] = token
-    history[_ROLE, length] = _role_after(history, length - 1, numbers) if length else 0
-    history[_LINK, length] = last if last >= 0 and history[_TEXT, last] == token else -1
-    history[_LAST, at] = length + 1
+    history[length, _TEXT] = token
+    history[length, _ROLE] = _role_after(history, length - 1, numbers) if length else 0
+    if last >= 0 and history[last, _TEXT] == token:
+        history[length, _LINK] = last << 2 | min((history[last, _LINK] & 3) + 1, 3)
+    else:
+        history[length, _LINK] = -4 | 1
+    history[at, _LAST] = length + 1
     return before
 
 
 @jit_inline
 def pop(history: Rows, place: int, before: int) -> None:
     """Undo a `push`, the newest first."""
-    history[_LAST, np.int64(history[_TEXT, place]) & (_SIZE - 1)] = before
+    history[np.int64(history[place, _TEXT]) & (_SIZE - 1), _LAST] = before
 
 
 @jit
@@ -132,11 +136,12 @@ def extend(history: Rows, state: Ints, new: Ints, numbers: NDArray[np.bool_]) ->
     for index in range(len(new)):
         if state[LENGTH] >= _SIZE - _DRAFTED:
             first = state[LENGTH] - _KEPT
-            history[_LAST] = 0
+            for at in range(_SIZE):
+                history[at, _LAST] = 0
             state[LENGTH] = _KEPT
             state[NUM_PROMPT] = max(state[NUM_PROMPT] - first, 0)
             for place in range(_KEPT):
-                push(history, place, np.int64(history[_TEXT, first + place]), numbers)
+                push(history, place, np.int64(history[first + place, _TEXT]), numbers)
         push(history, state[LENGTH], new[index], numbers)
         state[LENGTH] += 1
 
@@ -146,7 +151,7 @@ def begin(
 ) -> None:
     """Start a sequence's text: prompt, and completion so far."""
     history = correction.histories[handle]
-    history[_LAST] = 0
+    history[:, _LAST] = 0
     kept = np.array(token_ids[-_KEPT:], np.int64)
     state[LENGTH] = 0
     state[NUM_PROMPT] = max(num_prompt - (len(token_ids) - len(kept)), 0)
@@ -176,13 +181,13 @@ def find_features(
 ) -> None:
     """Fill [size, NUM_FEATURES] with the weights' places of each candidate that may come next."""
     newest = length - 1
-    last = np.int64(history[_TEXT, newest])
+    last = np.int64(history[newest, _TEXT])
     role = _role_after(history, newest, numbers)
     # The words before it, numbers left out.
     first = second = third = -1
     index = newest
     while index >= 0 and third < 0:
-        token = np.int64(history[_TEXT, index])
+        token = np.int64(history[index, _TEXT])
         if not is_number(numbers, token):
             if first < 0:
                 first = token
@@ -193,33 +198,30 @@ def find_features(
         index -= 1
     # What followed where the last token, the last two tokens stood before.
     after_one = after_two = -1
-    at = np.int64(history[_LINK, newest])
+    at = np.int64(history[newest, _LINK]) >> 2
     if at >= 0:
-        after_one = np.int64(history[_TEXT, at + 1])
-        before = np.int64(history[_TEXT, newest - 1])
+        after_one = np.int64(history[at + 1, _TEXT])
+        before = np.int64(history[newest - 1, _TEXT])
         for _ in range(_STEPS):
             if at < 1:
                 break
-            if history[_TEXT, at - 1] == before:
-                after_two = np.int64(history[_TEXT, at + 1])
+            if history[at - 1, _TEXT] == before:
+                after_two = np.int64(history[at + 1, _TEXT])
                 break
-            at = np.int64(history[_LINK, at])
+            at = np.int64(history[at, _LINK]) >> 2
     for k in range(size):
         token = tokens[k]
-        place = np.int64(history[_LAST, token & (_SIZE - 1)]) - 1
-        if place >= 0 and history[_TEXT, place] != token:
+        place = np.int64(history[token & (_SIZE - 1), _LAST]) - 1
+        if place >= 0 and history[place, _TEXT] != token:
             place = -1
         old_role = previous = -1
         distance, num, is_said = 63, 0, 0
         if place >= 0:
             distance = min(length - place, 62)
-            old_role = np.int64(history[_ROLE, place])
-            previous = np.int64(history[_TEXT, place - 1]) if place > 0 else -1
+            old_role = np.int64(history[place, _ROLE])
+            previous = np.int64(history[place - 1, _TEXT]) if place > 0 else -1
             is_said = 1 if place >= num_prompt else 0
-            earlier = place
-            while earlier >= 0 and num < 3:
-                num += 1
-                earlier = np.int64(history[_LINK, earlier])
+            num = np.int64(history[place, _LINK]) & 3
         follows = 1 if token == after_one else 0
         if after_two >= 0:
             follows += 2 if token == after_two else 4
@@ -241,17 +243,19 @@ def keep_likeliest(tokens: Ints, masses: Floats, size: int) -> int:
     for k in range(size):
         top = max(top, masses[k])
     least = _HOPELESS * top
-    while True:
+    num = MOST + 1
+    # Counting vectorises, and nothing here branches on a mass.
+    while num > MOST and least < top:
         num = 0
         for k in range(size):
-            if masses[k] >= least:
-                tokens[num], masses[num] = tokens[k], masses[k]
-                num += 1
-        size = num
-        if size <= MOST or least == top:
-            break
-        least = min(1.5 * least, top)
-    return min(size, MOST)
+            num += masses[k] >= least
+        least = min(1.5 * least, top) if num > MOST else least
+    num = 0
+    for k in range(size):
+        token, mass = tokens[k], masses[k]
+        tokens[num], masses[num] = token, mass
+        num += mass >= least
+    return min(num, MOST)
 
 
 @jit_inline
@@ -286,23 +290,30 @@ def correct(
     size: int,
     features: Rows,
     logs: Floats,
+    scores: Floats,
 ) -> None:
-    """Multiply candidates' masses by what the features say; their sum stays. `logs`: [size] of shares."""
+    """Multiply candidates' masses by what the features say; their sum stays.
+
+    `logs` [size] become those of their shares before, `scores` [size] of what they are in the end,
+    but for a constant.
+    """
     total = 0.0
     for k in range(size):
         total += masses[k]
     exponent = 1.0 + weights[0, _EXPONENTS + longest]
+    for k in range(size):
+        logs[k] = log(masses[k] / total + _UNLIKELY)
     top = -np.inf
     for k in range(size):
-        logs[k] = math.log(masses[k] / total + _UNLIKELY)
         score = exponent * logs[k]
         for j in range(NUM_FEATURES):
             score += weights[0, features[k, j]]
-        masses[k] = score
+        scores[k] = score
         top = max(top, score)
     new_total = 0.0
     for k in range(size):
-        masses[k] = math.exp(masses[k] - top)
+        masses[k] = exp(scores[k] - top)
+    for k in range(size):
         new_total += masses[k]
     for k in range(size):
         masses[k] *= total / new_total
@@ -322,6 +333,8 @@ def learn_correction(
     `target` [MOST] is scratch.
     """
     size, longest = correction.sizes[handle]
+    if size < 2:
+        return
     weights, tokens, shares = (
         correction.weights,
         correction.tokens[handle],
@@ -344,7 +357,7 @@ def learn_correction(
     for k in range(size):
         gradient = target[k] - shares[k] * total
         exponent += gradient * logs[k]
-        if abs(gradient) < 1e-4:
+        if abs(gradient) < 1e-3:
             continue
         for j in range(NUM_FEATURES):
             _climb(weights, features[k, j], gradient, _RATE)
