@@ -6,7 +6,8 @@
 A log-linear model over the mixture's candidates (maximum entropy, Rosenfeld 1996; hashed features):
 a candidate's log mass gets a learned exponent by the longest match and a weight for each of its
 features. The features pair the candidate with the words before it, or say where in the text it stood
-last: how far back, after what, and whether what stood there once before here was followed by it.
+last: how far back, after what, whether what stood there once before here was followed by it, and
+which of the latest numbers it would repeat.
 They do not name the candidate where they can do without: so what is learned ("behind `>>` comes what
 stood behind `=`") holds for numbers and names never seen. Weights climb the gradient of the
 log-likelihood under the model's distribution (AdaGrad, Duchi 2011), at each step's first drafted token.
@@ -42,7 +43,7 @@ _DRAFTED = 64  # tokens that may be drafted behind it
 
 MOST = 12
 """Candidates that are corrected; the others are dropped."""
-NUM_FEATURES = 8
+NUM_FEATURES = 10
 _BITS = 16
 WEIGHTS_SHAPE = (2, (1 << _BITS) + NUM_CONTEXTS + 1)
 """[(weight, squared gradients), feature by its hash, then exponents by the longest match]"""
@@ -51,6 +52,8 @@ _RATE, _EXPONENT_RATE = 0.15, 0.03
 _HOPELESS = 0.005  # of the best candidate's mass
 _UNLIKELY = 1e-6  # what a candidate's share is taken for at least
 _STEPS = 8  # earlier places of a token that are looked at
+_NUMBERS, _NUMBERS_BACK = 4, 96  # latest numbers that may be repeated, and tokens back to look
+_NO, _END = -1, -2  # instead of a token: not repeated, not a number's
 
 
 class Correction(NamedTuple):
@@ -169,6 +172,53 @@ def _place_of(key: int) -> int:
     return np.int64(key >> _HASH_SHIFT)
 
 
+@jit_inline
+def _next_of(history: Rows, first: int, end: int, start: int, length: int) -> int:
+    """What a number, `text[first:end]`, has behind the digits from `start` on."""
+    num = length - start
+    if num > end - first:
+        return _NO
+    for index in range(num):
+        if history[first + index, _TEXT] != history[start + index, _TEXT]:
+            return _NO
+    return np.int64(history[first + num, _TEXT]) if first + num < end else _END
+
+
+@jit_inline
+def _mark_repeated(
+    history: Rows,
+    length: int,
+    tokens: Ints,
+    size: int,
+    numbers: NDArray[np.bool_],
+    marks: Rows,
+) -> int:
+    """Bits in `marks[:, 0]` for which of the latest numbers each candidate would repeat.
+
+    Returns: how many tokens of a number are there already.
+    """
+    for k in range(size):
+        marks[k, 0] = 0
+    if len(numbers) == 0:
+        return 0
+    start = length
+    while start > 0 and is_number(numbers, np.int64(history[start - 1, _TEXT])):
+        start -= 1
+    end, num = start, 0
+    while end > max(0, length - _NUMBERS_BACK) and num < _NUMBERS:
+        first = end
+        while first > 0 and is_number(numbers, np.int64(history[first - 1, _TEXT])):
+            first -= 1
+        if first < end:
+            following = _next_of(history, first, end, start, length)
+            for k in range(size):
+                token = tokens[k] if is_number(numbers, tokens[k]) else _END
+                marks[k, 0] |= (token == following) << num
+            num += 1
+        end = min(first, end - 1)
+    return length - start
+
+
 @jit
 def find_features(
     history: Rows,
@@ -209,6 +259,7 @@ def find_features(
                 after_two = np.int64(history[at + 1, _TEXT])
                 break
             at = np.int64(history[at, _LINK]) >> 2
+    num_digits = min(_mark_repeated(history, length, tokens, size, numbers, features), 7)
     for k in range(size):
         token = tokens[k]
         place = np.int64(history[token & (_SIZE - 1), _LAST]) - 1
@@ -226,6 +277,7 @@ def find_features(
         if after_two >= 0:
             follows += 2 if token == after_two else 4
         row = features[k]
+        repeats = np.int64(row[0])
         row[0] = _place_of(_pair(0, role, token))
         row[1] = _place_of(_pair(1, (role << 20) + second, token))
         row[2] = _place_of(_pair(2, third, token))
@@ -234,6 +286,8 @@ def find_features(
         row[5] = _place_of(_pair(5, last, distance))
         row[6] = _place_of(_pair(6, last, follows))
         row[7] = _place_of(_pair(7, last, previous))
+        row[8] = _place_of(_pair(8, role, repeats))
+        row[9] = _place_of(_pair(9, num_digits, repeats))
 
 
 @jit_inline

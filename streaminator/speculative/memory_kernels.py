@@ -209,9 +209,7 @@ def draft(
                 find_features(
                     history, length, state[NUM_PROMPT], tokens, size, correction.numbers, features
                 )
-                correct(
-                    correction.weights, own_longest, masses, size, features, logs, scores[0]
-                )
+                correct(correction.weights, own_longest, masses, size, features, logs, scores[0])
             else:
                 scores[0, 0] = 0.0
             if step == 0:
