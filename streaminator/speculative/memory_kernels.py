@@ -36,12 +36,10 @@ from numpy.typing import NDArray
 from streaminator.speculative.memory_correction import (
     Correction,
     correct,
-    find_features,
     keep,
     keep_likeliest,
-    pop,
-    push,
 )
+from streaminator.speculative.memory_features import find_features, pop, push
 from streaminator.speculative.memory_mixing import Scratch, mix_tier
 from streaminator.speculative.memory_noise import choose
 from streaminator.speculative.memory_rates import (

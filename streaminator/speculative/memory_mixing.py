@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_correction import MOST, NUM_FEATURES
+from streaminator.speculative.memory_correction import MOST
+from streaminator.speculative.memory_features import NUM_FEATURES
 from streaminator.speculative.memory_rates import NUM_AGES, Floats, age_of, kind_of, part_of
 from streaminator.speculative.memory_records import (
     EMPTY,
