@@ -35,7 +35,8 @@ from streaminator.speculative import memory_kernels as kernels
 from streaminator.speculative import memory_learning as learning
 from streaminator.speculative import memory_rates as rates
 from streaminator.speculative.arena import Arena
-from streaminator.speculative.memory_correction import Correction, begin
+from streaminator.speculative.memory_correction import Correction
+from streaminator.speculative.memory_features import begin
 from streaminator.speculative.memory_mixing import new_scratch
 from streaminator.speculative.memory_tables import (
     CLOCK,
@@ -214,8 +215,9 @@ class Memory:
         self._revive(prompt_id)
         handle = self._new_handle(prompt_id, token_ids, noise_key)
         begin(
-            self._correction, handle, self._running[handle], token_ids, self._num_prompt[prompt_id]
-        )
+            self._correction.histories[handle], self._running[handle], token_ids,
+            self._num_prompt[prompt_id], self._correction.numbers,
+        )  # fmt: skip
         return handle
 
     def finish(self, handle: int) -> None:

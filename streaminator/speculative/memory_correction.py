@@ -6,50 +6,39 @@
 A log-linear model over the mixture's candidates (maximum entropy, Rosenfeld 1996; hashed features):
 a candidate's log mass gets a learned exponent by the longest match and a weight for each of its
 features. The features pair the candidate with the words before it, or say where in the text it stood
-last: how far back, after what, and whether what stood there once before here was followed by it.
+last: how far back, after what, whether what stood there once before here was followed by it, and
+which of the latest numbers it would repeat.
 They do not name the candidate where they can do without: so what is learned ("behind `>>` comes what
 stood behind `=`") holds for numbers and names never seen. Weights climb the gradient of the
 log-likelihood under the model's distribution (AdaGrad, Duchi 2011), at each step's first drafted token.
-
-The text of a running sequence is its last tokens in rows of `history`:
-
-    TEXT    the tokens
-    ROLE    the last word before each, and how many tokens of a number lie between
-    LINK    where the same token stood before, -1: nowhere
-    LAST    by token id modulo the row: 1 + where it stood last
 
 Used by: `memory`, `memory_kernels`, `memory_learning`, `memory_mixing`.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_rates import LENGTH, NUM_PROMPT, Floats
+from streaminator.speculative.memory_features import (
+    HASH_BITS,
+    HISTORY_SHAPE,
+    NUM_FEATURES,
+)
+from streaminator.speculative.memory_noise import exp, log
+from streaminator.speculative.memory_rates import Floats
 from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline
-from streaminator.speculative.memory_tables import NUM_CONTEXTS, is_number
-
-HISTORY_SHAPE = (4, 512)
-"""Of one running sequence."""
-_TEXT, _ROLE, _LINK, _LAST = range(4)
-_SIZE = HISTORY_SHAPE[1]
-_KEPT = 256  # tokens that stay when a history is full
-_DRAFTED = 64  # tokens that may be drafted behind it
+from streaminator.speculative.memory_tables import NUM_CONTEXTS
 
 MOST = 12
 """Candidates that are corrected; the others are dropped."""
-NUM_FEATURES = 8
-_BITS = 16
-WEIGHTS_SHAPE = (2, (1 << _BITS) + NUM_CONTEXTS + 1)
+WEIGHTS_SHAPE = (2, (1 << HASH_BITS) + NUM_CONTEXTS + 1)
 """[(weight, squared gradients), feature by its hash, then exponents by the longest match]"""
-_EXPONENTS = 1 << _BITS
+_EXPONENTS = 1 << HASH_BITS
 _RATE, _EXPONENT_RATE = 0.15, 0.03
 _HOPELESS = 0.005  # of the best candidate's mass
 _UNLIKELY = 1e-6  # what a candidate's share is taken for at least
-_STEPS = 8  # earlier places of a token that are looked at
 
 
 class Correction(NamedTuple):
@@ -94,146 +83,6 @@ def _empty(num: int) -> tuple[NDArray[Any], ...]:
     )
 
 
-_HASH = np.uint64(0x9E3779B97F4A7C15)
-_HASH_SHIFT = np.uint64(64 - _BITS)
-
-
-@jit_inline
-def _role_after(history: Rows, place: int, numbers: NDArray[np.bool_]) -> int:
-    """Role of the place behind this one."""
-    token, role = np.int64(history[_TEXT, place]), np.int64(history[_ROLE, place])
-    if is_number(numbers, token):
-        return role + 1 if role & 3 < 3 else role
-    return token << 2
-
-
-@jit_inline
-def push(history: Rows, length: int, token: int, numbers: NDArray[np.bool_]) -> int:
-    """Append a token to a text of `length`; returns what stood in its place of LAST before."""
-    at = token & (_SIZE - 1)
-    before = np.int64(history[_LAST, at])
-    last = before - 1
-    history[_TEXT, length] = token
-    history[_ROLE, length] = _role_after(history, length - 1, numbers) if length else 0
-    history[_LINK, length] = last if last >= 0 and history[_TEXT, last] == token else -1
-    history[_LAST, at] = length + 1
-    return before
-
-
-@jit_inline
-def pop(history: Rows, place: int, before: int) -> None:
-    """Undo a `push`, the newest first."""
-    history[_LAST, np.int64(history[_TEXT, place]) & (_SIZE - 1)] = before
-
-
-@jit
-def extend(history: Rows, state: Ints, new: Ints, numbers: NDArray[np.bool_]) -> None:
-    """Append tokens to a running sequence's text; what is too long ago goes."""
-    for index in range(len(new)):
-        if state[LENGTH] >= _SIZE - _DRAFTED:
-            first = state[LENGTH] - _KEPT
-            history[_LAST] = 0
-            state[LENGTH] = _KEPT
-            state[NUM_PROMPT] = max(state[NUM_PROMPT] - first, 0)
-            for place in range(_KEPT):
-                push(history, place, np.int64(history[_TEXT, first + place]), numbers)
-        push(history, state[LENGTH], new[index], numbers)
-        state[LENGTH] += 1
-
-
-def begin(
-    correction: Correction, handle: int, state: Ints, token_ids: Sequence[int], num_prompt: int
-) -> None:
-    """Start a sequence's text: prompt, and completion so far."""
-    history = correction.histories[handle]
-    history[_LAST] = 0
-    kept = np.array(token_ids[-_KEPT:], np.int64)
-    state[LENGTH] = 0
-    state[NUM_PROMPT] = max(num_prompt - (len(token_ids) - len(kept)), 0)
-    extend(history, state, kept, correction.numbers)
-
-
-@jit_inline
-def _pair(kind: int, one: int, other: int) -> int:
-    return (np.uint64(one) * _HASH + np.uint64(other)) * np.uint64(16) + np.uint64(kind)
-
-
-@jit_inline
-def _place_of(key: int) -> int:
-    key = (key ^ (key >> np.uint64(29))) * _HASH
-    return np.int64(key >> _HASH_SHIFT)
-
-
-@jit
-def find_features(
-    history: Rows,
-    length: int,
-    num_prompt: int,
-    tokens: Ints,
-    size: int,
-    numbers: NDArray[np.bool_],
-    features: Rows,
-) -> None:
-    """Fill [size, NUM_FEATURES] with the weights' places of each candidate that may come next."""
-    newest = length - 1
-    last = np.int64(history[_TEXT, newest])
-    role = _role_after(history, newest, numbers)
-    # The words before it, numbers left out.
-    first = second = third = -1
-    index = newest
-    while index >= 0 and third < 0:
-        token = np.int64(history[_TEXT, index])
-        if not is_number(numbers, token):
-            if first < 0:
-                first = token
-            elif second < 0:
-                second = token
-            else:
-                third = token
-        index -= 1
-    # What followed where the last token, the last two tokens stood before.
-    after_one = after_two = -1
-    at = np.int64(history[_LINK, newest])
-    if at >= 0:
-        after_one = np.int64(history[_TEXT, at + 1])
-        before = np.int64(history[_TEXT, newest - 1])
-        for _ in range(_STEPS):
-            if at < 1:
-                break
-            if history[_TEXT, at - 1] == before:
-                after_two = np.int64(history[_TEXT, at + 1])
-                break
-            at = np.int64(history[_LINK, at])
-    for k in range(size):
-        token = tokens[k]
-        place = np.int64(history[_LAST, token & (_SIZE - 1)]) - 1
-        if place >= 0 and history[_TEXT, place] != token:
-            place = -1
-        old_role = previous = -1
-        distance, num, is_said = 63, 0, 0
-        if place >= 0:
-            distance = min(length - place, 62)
-            old_role = np.int64(history[_ROLE, place])
-            previous = np.int64(history[_TEXT, place - 1]) if place > 0 else -1
-            is_said = 1 if place >= num_prompt else 0
-            earlier = place
-            while earlier >= 0 and num < 3:
-                num += 1
-                earlier = np.int64(history[_LINK, earlier])
-        follows = 1 if token == after_one else 0
-        if after_two >= 0:
-            follows += 2 if token == after_two else 4
-        row = features[k]
-        row[0] = _place_of(_pair(0, role, token))
-        row[1] = _place_of(_pair(1, (role << 20) + second, token))
-        row[2] = _place_of(_pair(2, third, token))
-        row[3] = _place_of(_pair(3, 0, num * 2 + is_said))
-        row[4] = _place_of(_pair(4, role, old_role))
-        row[5] = _place_of(_pair(5, last, distance))
-        row[6] = _place_of(_pair(6, last, follows))
-        row[7] = _place_of(_pair(7, last, previous))
-
-
 @jit_inline
 def keep_likeliest(tokens: Ints, masses: Floats, size: int) -> int:
     """Leave at most MOST candidates; returns how many."""
@@ -241,17 +90,19 @@ def keep_likeliest(tokens: Ints, masses: Floats, size: int) -> int:
     for k in range(size):
         top = max(top, masses[k])
     least = _HOPELESS * top
-    while True:
+    num = MOST + 1
+    # Counting vectorises, and nothing here branches on a mass.
+    while num > MOST and least < top:
         num = 0
         for k in range(size):
-            if masses[k] >= least:
-                tokens[num], masses[num] = tokens[k], masses[k]
-                num += 1
-        size = num
-        if size <= MOST or least == top:
-            break
-        least = min(1.5 * least, top)
-    return min(size, MOST)
+            num += masses[k] >= least
+        least = min(1.5 * least, top) if num > MOST else least
+    num = 0
+    for k in range(size):
+        token, mass = tokens[k], masses[k]
+        tokens[num], masses[num] = token, mass
+        num += mass >= least
+    return min(num, MOST)
 
 
 @jit_inline
@@ -286,23 +137,30 @@ def correct(
     size: int,
     features: Rows,
     logs: Floats,
+    scores: Floats,
 ) -> None:
-    """Multiply candidates' masses by what the features say; their sum stays. `logs`: [size] of shares."""
+    """Multiply candidates' masses by what the features say; their sum stays.
+
+    `logs` [size] become those of their shares before, `scores` [size] of what they are in the end,
+    but for a constant.
+    """
     total = 0.0
     for k in range(size):
         total += masses[k]
     exponent = 1.0 + weights[0, _EXPONENTS + longest]
+    for k in range(size):
+        logs[k] = log(masses[k] / total + _UNLIKELY)
     top = -np.inf
     for k in range(size):
-        logs[k] = math.log(masses[k] / total + _UNLIKELY)
         score = exponent * logs[k]
         for j in range(NUM_FEATURES):
             score += weights[0, features[k, j]]
-        masses[k] = score
+        scores[k] = score
         top = max(top, score)
     new_total = 0.0
     for k in range(size):
-        masses[k] = math.exp(masses[k] - top)
+        masses[k] = exp(scores[k] - top)
+    for k in range(size):
         new_total += masses[k]
     for k in range(size):
         masses[k] *= total / new_total
@@ -322,6 +180,8 @@ def learn_correction(
     `target` [MOST] is scratch.
     """
     size, longest = correction.sizes[handle]
+    if size < 2:
+        return
     weights, tokens, shares = (
         correction.weights,
         correction.tokens[handle],
@@ -344,7 +204,7 @@ def learn_correction(
     for k in range(size):
         gradient = target[k] - shares[k] * total
         exponent += gradient * logs[k]
-        if abs(gradient) < 1e-4:
+        if abs(gradient) < 1e-3:
             continue
         for j in range(NUM_FEATURES):
             _climb(weights, features[k, j], gradient, _RATE)

@@ -36,12 +36,10 @@ from numpy.typing import NDArray
 from streaminator.speculative.memory_correction import (
     Correction,
     correct,
-    find_features,
     keep,
     keep_likeliest,
-    pop,
-    push,
 )
+from streaminator.speculative.memory_features import find_features, pop, push
 from streaminator.speculative.memory_mixing import Scratch, mix_tier
 from streaminator.speculative.memory_noise import choose
 from streaminator.speculative.memory_rates import (
@@ -162,7 +160,7 @@ def draft(
     uses_recency = seen.shape[1] > 0
     keys, text, restore, survivals, starts, waiting, picks = chains
     tokens, masses = scratch.tokens, scratch.masses
-    features, logs = scratch.features, scratch.scores[0]
+    features, logs, scores = scratch.features, scratch.logs, scratch.scores
     num_waiting = num
     for n in range(num):
         state = running[handles[n]]
@@ -204,10 +202,14 @@ def draft(
                 continue
             size = keep_likeliest(tokens, masses, size)
             history, length = correction.histories[handle], state[LENGTH] + step
-            find_features(
-                history, length, state[NUM_PROMPT], tokens, size, correction.numbers, features
-            )
-            correct(correction.weights, own_longest, masses, size, features, logs)
+            # One alone keeps what it has.
+            if size > 1:
+                find_features(
+                    history, length, state[NUM_PROMPT], tokens, size, correction.numbers, features
+                )
+                correct(correction.weights, own_longest, masses, size, features, logs, scores[0])
+            else:
+                scores[0, 0] = 0.0
             if step == 0:
                 keep(correction, handle, own_longest, tokens, masses, size, logs, features)
             strength = _best_strength(noise_hits, match)
@@ -216,7 +218,7 @@ def draft(
             tries_all = len(strengths) > 1 and (position & 3 == 0 or is_new)
             lead, second, second_lead = choose(
                 tokens, masses, size, strengths, strength, tries_all, state[NOISE_KEY], position,
-                scratch.near, scratch.scores, picks,
+                scratch.near, scores, picks,
             )  # fmt: skip
             pick = picks[strength]
             known_mass = 0.0

@@ -10,7 +10,8 @@ Used by: `memory`.
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_correction import Correction, extend, learn_correction
+from streaminator.speculative.memory_correction import Correction, learn_correction
+from streaminator.speculative.memory_features import extend
 from streaminator.speculative.memory_mixing import (
     ENOUGH,
     Scratch,

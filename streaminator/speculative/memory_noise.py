@@ -19,13 +19,16 @@ from streaminator.speculative.memory_rates import Floats
 from streaminator.speculative.memory_records import Ints, jit_inline
 from streaminator.speculative.memory_tables import mix64
 
-_HOPELESS = 0.01  # of the best candidate's mass: the noise would have to be rare
+_HOPELESS = math.log(0.01)  # below the best candidate's mass: the noise would have to be rare
 
 _NOISE_ROW, _NOISE_TOKEN = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
 _SHIFT12 = np.uint64(12)
 _TWO = np.uint64(2)
 _ROOT_HALF, _MANTISSA = 0x3FE6A09E667F3BCD, 52
 _LN2 = math.log(2)
+_LEAST_EXPONENT = -700.0
+_ROUNDING = 1.5 * 2.0**_MANTISSA  # added to a number, its low bits are the nearest integer
+_ROUNDED = int(np.float64(_ROUNDING).view(np.int64))
 
 
 def _bits_as(kind: Any, llvm_type: Callable) -> Any:
@@ -45,7 +48,7 @@ _as_float: Any = _bits_as(types.float64, ir.DoubleType)
 
 
 @jit_inline
-def _log(x: float) -> float:
+def log(x: float) -> float:
     """Logarithm of a positive normal number, to 13 digits: unlike the library's it vectorises."""
     bits = _as_int(x)
     exponent = (bits - _ROOT_HALF) >> _MANTISSA
@@ -59,6 +62,17 @@ def _log(x: float) -> float:
 
 
 @jit_inline
+def exp(x: float) -> float:
+    """Exponential to 12 digits, of what is below -700 as of -700; it vectorises, too."""
+    x = max(x, _LEAST_EXPONENT)
+    power = _as_int(x * (1 / _LN2) + _ROUNDING) - _ROUNDED
+    x -= power * _LN2
+    series = 1 / 5040 + x * (1 / 40320 + x * (1 / 362880 + x * (1 / 3628800)))
+    series = 1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * series)))
+    return (1 + x * (1 + x * (0.5 + x * series))) * _as_float((power + 1023) << _MANTISSA)
+
+
+@jit_inline
 def _row_of(noise_key: int, position: int) -> int:
     return mix64(np.uint64(noise_key) + np.uint64(position) * _NOISE_ROW)
 
@@ -68,7 +82,7 @@ def _log_exponential(row: int, token: int) -> float:
     """Logarithm of the exponential variate whose negative is the sampler's noise."""
     bits = mix64(row + (np.uint64(token) + _TWO) * _NOISE_TOKEN)
     uniform = (np.float64(bits >> _SHIFT12) + 0.5) * 2.0**-52
-    return _log(-_log(uniform))
+    return log(-log(uniform))
 
 
 @jit_inline
@@ -93,29 +107,37 @@ def choose(
 ) -> tuple[float, int, float]:
     """For each strength of the noise the index of the best candidate.
 
-    `near` [2, size] and `scores` [2, size] are scratch.
+    With noise `scores[0]` [size] are logarithms of the masses, but for a constant; it, `scores[1]`
+    and `near` [2, size] are scratch.
 
     Returns: with noise how far the best one at `strength` leads the next, from one half to one,
     without one; the index of the next, -1: there is none; the same lead of it over the third.
     """
-    top, next_index = 0, -1
-    for index in range(1, size):
-        if masses[index] > masses[top]:
-            top, next_index = index, top
-        elif next_index < 0 or masses[index] > masses[next_index]:
-            next_index = index
     if len(strengths) == 1:
+        top, next_index = 0, -1
+        for index in range(1, size):
+            if masses[index] > masses[top]:
+                top, next_index = index, top
+            elif next_index < 0 or masses[index] > masses[next_index]:
+                next_index = index
         picks[0] = top
         return 1.0, next_index, 1.0
-    hopeless = _HOPELESS * masses[top]
+    most = -np.inf
+    for index in range(size):
+        most = max(most, scores[0, index])
+    hopeless = most + _HOPELESS
     num = 0
     for index in range(size):
+        score = scores[0, index]
         near[0, num], near[1, num] = index, tokens[index]
-        scores[0, num] = masses[index]
-        num += masses[index] >= hopeless
+        scores[0, num] = score
+        num += score >= hopeless
+    if num == 1:
+        for j in range(len(strengths)):
+            picks[j] = near[0, 0]
+        return 1.0, -1, 0.0
     row = _row_of(key, position)
     for index in range(num):
-        scores[0, index] = _log(scores[0, index])
         scores[1, index] = _log_exponential(row, near[1, index])
     first = second = third = -np.inf
     pick = next_index = -1

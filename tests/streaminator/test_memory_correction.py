@@ -59,3 +59,18 @@ def test_words_around_other_numbers_are_drafted():
             hits(memory, "", [40, 41, 42], story)
         results.append(hits(memory, "", [40, 41, 42], other)[4])
     assert results == [False, True]
+
+
+def test_a_number_is_repeated_digit_by_digit():
+    rng = np.random.default_rng(0)
+    numbers = np.zeros(64, np.bool_)
+    numbers[:10] = True
+    memory = Memory(max_bytes=SMALL, min_survival=0, numbers=numbers)
+    rates = []
+    for index in range(300):
+        memory.open(str(index), [20, 21, 22], ())
+        others, number = rng.integers(0, 10, (2, 4)).tolist()
+        text = [*others, 23, 24, *number, 25, 26, *number, 27]
+        rates.append(np.mean(hits(memory, str(index), [20, 21, 22], text)[12:16]))
+        memory.close(str(index))
+    assert np.mean(rates[-100:]) > 0.98
