@@ -22,17 +22,25 @@ typedef struct {
     int64_t sequence, kv_head, row, num;
 } Task;
 
+static int64_t rows_of(const Lines *lines, const Shape *shape, int64_t sequence) {
+    return lines->counts[sequence] * (shape->num_heads / shape->num_kv_heads);
+}
+
 static int64_t parts_of(const Lines *lines, const Shape *shape, int64_t sequence) {
-    int64_t rows = lines->counts[sequence] * (shape->num_heads / shape->num_kv_heads);
-    return (rows + TASK_ROWS - 1) / TASK_ROWS;
+    return (rows_of(lines, shape, sequence) + TASK_ROWS - 1) / TASK_ROWS;
 }
 
 // `until` [num_sequences]: the sequences' tasks, one after another.
 static Task task_of(const Lines *lines, const int64_t *until, const Shape *shape, int64_t index) {
-    int64_t sequence = 0;
-    while (until[sequence] <= index) sequence++;
-    int64_t rows = lines->counts[sequence] * (shape->num_heads / shape->num_kv_heads);
-    int64_t parts = parts_of(lines, shape, sequence);
+    int64_t sequence = 0, last = lines->num_sequences - 1;
+    while (sequence < last) {
+        int64_t middle = (sequence + last) / 2;
+        if (until[middle] > index)
+            last = middle;
+        else
+            sequence = middle + 1;
+    }
+    int64_t rows = rows_of(lines, shape, sequence), parts = parts_of(lines, shape, sequence);
     index -= until[sequence] - shape->num_kv_heads * parts;
     int64_t row = index % parts * TASK_ROWS;
     return (Task){sequence, index / parts, row, rows - row < TASK_ROWS ? rows - row : TASK_ROWS};

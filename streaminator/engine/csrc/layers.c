@@ -83,9 +83,11 @@ int run_layers(scalar *x, scalar *room, const scalar *cosine, const scalar *sine
                (size_t)((num_rows - lines->num_rows) * size) * sizeof *attended);
         failed |= attend(qkv, cosine, sine, layer->keys, layer->values, attended, shape, lines,
                          num_threads);
-        // From here on the memory is idle where there are many rows: the next layer's keys are fetched.
-        coming.pieces = pieces;
-        coming.num = layer + 1 < layers + num_layers ? blocks_of(layer + 1, lines, pieces) : 0;
+        // From here on, with many rows, the memory is idle: the next layer's keys are fetched.
+        if (num_idle_tiles(num_rows)) {
+            int is_last = layer + 1 == layers + num_layers;
+            coming = (Coming){pieces, is_last ? 0 : blocks_of(layer + 1, lines, pieces)};
+        }
         failed |= product(attended, layer->output.packed, layer->output.bias, x, x, num_rows, dim,
                           size, &coming, num_threads);
         rms_norm(x, layer->second_norm, normed, num_rows, dim, layer->second_eps, num_threads);

@@ -9,7 +9,6 @@
 #include "products.h"
 
 #define PANEL 32  // outputs that a tile of a product has
-#define ROWS 8    // rows that it has
 
 // The products of ROWS rows with a panel of weights, while lines are fetched, PIECE of them at each of
 // `places`.
@@ -60,7 +59,7 @@ int product(const scalar *x, const scalar *packed, const scalar *bias, const sca
             int num_threads) {
     int64_t num_whole = num_rows / ROWS * ROWS, num_tiles = (num_rows + ROWS - 1) / ROWS;
     int64_t num_steps = num_inputs / PAIR, num_parts = (num_steps + PIECE - 1) / PIECE;
-    int64_t num_whole_parts = num_steps / PIECE;
+    int64_t num_whole_parts = num_steps / PIECE, num_idle = num_idle_tiles(num_rows);
     scalar *last = NULL;
     if (num_whole < num_rows) {
         last = calloc((size_t)(ROWS * num_inputs), sizeof *last);
@@ -80,7 +79,7 @@ int product(const scalar *x, const scalar *packed, const scalar *bias, const sca
             for (int64_t part = 0; part < num_parts; part++)
                 places[part] = (const char *)weights + ahead + part * PIECE * LINE;
             if (coming && tile >= 2) {
-                int64_t first = (panel * (num_tiles - 2) + tile - 2) * num_whole_parts;
+                int64_t first = (panel * num_idle + tile - 2) * num_whole_parts;
                 for (int64_t part = 0; part < num_whole_parts && first + part < coming->num; part++)
                     places[part] = coming->pieces[first + part];
             }
@@ -97,8 +96,8 @@ int product(const scalar *x, const scalar *packed, const scalar *bias, const sca
                     store(out + at, sum);
                 }
         }
-    if (coming && num_tiles > 2) {
-        int64_t fetched = num_outputs / PANEL * (num_tiles - 2) * num_whole_parts;
+    if (coming) {
+        int64_t fetched = num_outputs / PANEL * num_idle * num_whole_parts;
         if (fetched > coming->num) fetched = coming->num;
         coming->pieces += fetched;
         coming->num -= fetched;
