@@ -3,7 +3,7 @@
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 """Compiled choice among candidates, with the sampler's noise (`memory_kernels` says why).
 
-Used by: `memory_kernels`.
+Used by: `memory_kernels`; `memory_correction`, for logarithms and exponentials.
 """
 
 import math
