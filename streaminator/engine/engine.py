@@ -186,9 +186,7 @@ class Engine:
             return self._take_failed()
         drafting, survival = self._speculation.draft(sequences, self.scheduler.reserve_draft)
         clock.lap("draft")
-        new_blocks = self.scheduler.block_manager.take_handed_out()
-        if new_blocks:
-            self._cache.clear(new_blocks)
+        self.runner.clear(self._cache, self.scheduler.block_manager.take_handed_out())
         batch = pack(sequences, block_size=self._cache.block_size, device=self.runner.device)
         clock.lap("pack")
         logits = self.runner.forward(batch, self._cache)

@@ -186,6 +186,11 @@ class ModelRunner:
             return _free_bytes(self.device) // per_block
         return int(config.kv_memory * 2**30) // per_block
 
+    def clear(self, cache: KVCache, blocks: list[int]) -> None:
+        """See to it that nothing is left of the last owners of blocks that are handed out anew."""
+        if blocks and not self._fused:  # whose kernels do it where they begin a block
+            cache.clear(blocks)
+
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Logits [R, V] of the batch's sampled rows; keys and values go to the cache."""

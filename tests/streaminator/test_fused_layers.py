@@ -252,3 +252,28 @@ def test_what_is_not_finite_fails_the_completions_that_drew_it_alone(tmp_path: P
             key: c.error for key, c in expected.items()
         }
         assert tokens(fused) == tokens(expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("all_in_one_call", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_that_hold_what_is_not_finite_are_used_again(
+    dtype: str, all_in_one_call: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not all_in_one_call:
+        monkeypatch.setattr(kernels.Kernels, "has_product", lambda *_: False)
+    runner = load(save(tmp_path, FUSED["Llama"], getattr(torch, dtype)), dtype)
+    good = [make_prompt(f"good{n}", random_tokens(n, seed=n), 2) for n in (3, 16, 17, 40)]
+    clean = draw(runner, good, sampling=SAMPLING)
+    used = {token for prompt in good for token in prompt.token_ids}
+    used |= {token for completion in clean.values() for token in completion.token_ids}
+    poison = next(token for token in range(1, 128) if token not in used)
+    # Most completions: it comes first, and the others go on in its blocks.
+    bad = make_prompt("bad", [poison, *random_tokens(60, seed=77)], 3)
+    with torch.no_grad():
+        runner.model.get_input_embeddings().weight[poison] = float("nan")
+    for width, num_blocks in ((1, 8), (3, 14)):
+        engine = EngineConfig(stream_width=width, num_blocks=num_blocks, max_batched_tokens=48)
+        drawn = draw(runner, [bad, *good], sampling=SAMPLING, engine=engine)
+        assert all(drawn.pop(("bad", index)).error for index in range(3))
+        assert tokens(drawn) == tokens(clean)

@@ -77,6 +77,15 @@ static void put(const scalar *key, const scalar *value, scalar *keys, scalar *va
     for (int dim = 0; dim < HEAD_DIM; dim++) to[dim * PAIR] = value[dim];
 }
 
+// Zero the values behind a block's token `at`: what the block's last owner left may be NaN, which a
+// weight of 0 does not undo. (Scores of keys not to be seen are replaced, not weighted.)
+static void clear_behind(scalar *values, int64_t at) {
+    scalar *rest = values + (at / PAIR + 1) * PAIR * HEAD_DIM;
+    if (at % PAIR < PAIR - 1)
+        for (int dim = 0; dim < HEAD_DIM; dim++) rest[(dim - HEAD_DIM) * PAIR + PAIR - 1] = 0;
+    memset(rest, 0, (size_t)(values + BLOCK * HEAD_DIM - rest) * sizeof *rest);
+}
+
 // Keys that are read next: fetched while this task's values are read.
 typedef struct {
     const scalar *keys;
@@ -249,6 +258,9 @@ int attend(const scalar *qkv, const scalar *cosine, const scalar *sine, scalar *
 #pragma omp for
         for (int64_t row = 0; row < lines->num_written; row++) {
             int64_t slot = lines->slots[row], block = slot / BLOCK, offset = slot % BLOCK;
+            // A block's first token is written where its new owner begins it.
+            int is_new = row >= offset && lines->slots[row - offset] == slot - offset;
+            int is_last = row + 1 == lines->num_written || lines->slots[row + 1] / BLOCK != block;
             for (int64_t head = 0; head < kv_heads; head++) {
                 scalar turned[HEAD_DIM];
                 const scalar *key = qkv + row * width + (shape->num_heads + head) * HEAD_DIM;
@@ -256,6 +268,7 @@ int attend(const scalar *qkv, const scalar *cosine, const scalar *sine, scalar *
                 rotated(key, shape->k_norm, shape->eps, cosine + row * HEAD_DIM,
                         sine + row * HEAD_DIM, turned);
                 put(turned, key + kv_heads * HEAD_DIM, keys + to, values + to, offset);
+                if (is_new && is_last) clear_behind(values + to, offset);
             }
         }
 #pragma omp for schedule(dynamic)
