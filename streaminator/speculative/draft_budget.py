@@ -17,7 +17,9 @@ Invariants
 Used by: `engine.Engine`, `engine.step_costs`.
 """
 
+from bisect import bisect
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,7 @@ _RATE = 0.1  # of what a step took more or less than predicted is believed
 _DECAY = 0.98  # of the counts that speed is computed from, per step
 _SURPRISE = 0.5  # no step is believed to differ more than this share from its prediction
 _DOUBT = 4.0  # accepted tokens, as expected, that are supposed to have been seen before
+_FAR = 1000.0  # times the largest size measured
 _MIN_FLOOR, _MAX_FLOOR = 0.02, 0.9
 
 
@@ -41,10 +44,24 @@ class StepCosts:
     def __init__(
         self, sizes: Sequence[int], seconds: Sequence[float], *, multiple: int = 1
     ) -> None:
-        self._sizes = np.array(sizes, np.float64)
-        self._seconds = np.array(seconds, np.float64)
-        self._multiple = multiple
+        self._sizes = [float(size) for size in sizes]
+        self._seconds = [float(taken) for taken in seconds]
         self._is_fixed = False
+        self.multiple = multiple
+        """Packed tokens are padded to this many."""
+        # Beyond the largest size it goes on as it did between the last two.
+        self.reach = np.array([*self._sizes, _FAR * self._sizes[-1]])
+        """[m] sizes at which seconds are known, rising; in between they are linear."""
+        self.rising = self._rise()
+        """[m] seconds of these sizes."""
+
+    def _rise(self) -> NDArray[np.float64]:
+        rising = list(accumulate(self._seconds, max))
+        slope = 0.0
+        if len(rising) > 1:
+            slope = (rising[-1] - rising[-2]) / (self._sizes[-1] - self._sizes[-2])
+        rising.append(rising[-1] + slope * (_FAR - 1) * self._sizes[-1])
+        return np.array(rising)
 
     @classmethod
     def free(cls) -> "StepCosts":
@@ -55,35 +72,44 @@ class StepCosts:
 
     @property
     def max_tokens(self) -> int:
-        """The largest size known."""
+        """The largest size measured."""
         return int(self._sizes[-1])
 
-    def __call__(self, num_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Seconds of steps of `num_tokens` (any shape); more never costs less."""
-        padded = -(-num_tokens // self._multiple) * self._multiple
-        seconds = np.maximum.accumulate(self._seconds)
-        inside = np.interp(padded, self._sizes, seconds)
-        if len(seconds) == 1:
-            return inside
-        slope = (seconds[-1] - seconds[-2]) / (self._sizes[-1] - self._sizes[-2])
-        return inside + slope * np.maximum(padded - self._sizes[-1], 0)
+    def __call__(self, num_tokens: int) -> float:
+        """Seconds of a step of `num_tokens`; more never costs less."""
+        padded = -(-num_tokens // self.multiple) * self.multiple
+        return float(np.interp(padded, self.reach, self.rising))
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """Learn from a step: half of the surprise is everywhere's, half its neighbours'."""
         if self._is_fixed:
             return
-        surprise = seconds / float(self(np.array(num_tokens))) - 1
+        surprise = seconds / self(num_tokens) - 1
         factor = 1 + _RATE * min(max(surprise, -_SURPRISE), _SURPRISE)
-        index = np.arange(len(self._sizes))
-        distance = np.abs(index - np.interp(num_tokens, self._sizes, index))
+        sizes = self._sizes
+        place = bisect(sizes, num_tokens) - 1
+        if place < 0:
+            at = 0.0
+        elif place == len(sizes) - 1:
+            at = float(place)
+        else:
+            at = place + (num_tokens - sizes[place]) / (sizes[place + 1] - sizes[place])
         # As a factor: most of what changes while running is how fast the machine is.
-        self._seconds *= factor ** (0.5 + 0.5 * np.maximum(1 - distance, 0))
+        self._seconds = [
+            taken * factor ** (0.5 + 0.5 * max(1 - abs(index - at), 0))
+            for index, taken in enumerate(self._seconds)
+        ]
+        self.rising = self._rise()
 
 
 class DraftBudget:
     """Chooses, in each step, which of the drafted tokens are verified."""
 
     def __init__(self, costs: StepCosts) -> None:
+        # Imported late: what is compiled takes a moment to load.
+        from streaminator.speculative.draft_choice import choose
+
+        self._choose = choose
         self.costs = costs
         self.floor = _MIN_FLOOR
         """Tokens less likely to be accepted need not be drafted."""
@@ -91,6 +117,8 @@ class DraftBudget:
         self._seconds = 0.0
         self._expected = self._accepted = 0.0
         self._expects = 0.0
+        # What is compiled is compiled now, or loaded, not while a step is measured.
+        self.cut(np.zeros((1, 2, 1), np.float32), 1, 1)
 
     @property
     def trust(self) -> float:
@@ -109,19 +137,15 @@ class DraftBudget:
         Returns:
             [n, 2, k] what pays; of a chain a prefix.
         """
-        most = min(int(np.count_nonzero(survival)), self.costs.max_tokens)
-        costs = self.costs(num_tokens + np.arange(most + 1))
-        speed = self._tokens / self._seconds if self._seconds else num / costs[0]
-        trusted = survival * np.float32(min(self.trust, 1.0))
-        order, best = _likeliest(trusted, speed * costs)
-        if best and (pays_again := speed * (costs[best] - costs[0]) / best) > 0:
-            # A second choice that is right is computed once more, in the next step.
-            worth = trusted * np.array([[1], [max(1 - pays_again, 0)]], np.float32)
-            order, best = _likeliest(worth, speed * costs)
-        self._move_floor(survival.flat[order], best)
-        pays = np.zeros(survival.shape, bool)
-        pays.flat[order[:best]] = True
-        self._expects = float(survival[pays].sum())
+        costs = self.costs
+        speed = self._tokens / self._seconds if self._seconds else num / costs(num_tokens)
+        pays, self._expects, least, wants_all = self._choose(
+            np.ascontiguousarray(survival), min(self.trust, 1.0), speed,
+            costs.reach, costs.rising, costs.multiple, num_tokens, costs.max_tokens,
+        )  # fmt: skip
+        # Draft a little more than is verified, so that what would pay is seen.
+        floor = 0.5 * (self.floor if wants_all else least)
+        self.floor = min(max(floor, _MIN_FLOOR), _MAX_FLOOR)
         return pays
 
     def observe(
@@ -145,22 +169,6 @@ class DraftBudget:
         self._accepted = _DECAY * self._accepted + num_accepted
         self._expects = 0.0
         self.costs.observe(num_tokens, seconds)
-        decode = float(self.costs(np.array(max(num_tokens - num_prefill_tokens, 1))))
+        decode = self.costs(max(num_tokens - num_prefill_tokens, 1))
         self._tokens = _DECAY * self._tokens + gained
         self._seconds = _DECAY * self._seconds + decode
-
-    def _move_floor(self, survival: NDArray[np.float32], best: int) -> None:
-        """Draft a little more than is verified, so that what would pay is seen."""
-        wants_all = best == len(survival)
-        floor = 0.5 * (self.floor if wants_all else float(survival[max(best - 1, 0)]))
-        self.floor = min(max(floor, _MIN_FLOOR), _MAX_FLOOR)
-
-
-def _likeliest(
-    worth: NDArray[np.float32], prices: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], int]:
-    """Flat indices by falling worth, and of how many the sum of worth exceeds the price most."""
-    # Worth never rises along a chain nor from it to the side, and the sort is stable.
-    order = np.argsort(-worth, axis=None, kind="stable")[: len(prices) - 1]
-    gains = np.concatenate([[0.0], np.cumsum(worth.flat[order], dtype=np.float64)])
-    return order, int(np.argmax(gains - prices))

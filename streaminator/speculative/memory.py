@@ -40,7 +40,6 @@ from streaminator.speculative.memory_features import begin
 from streaminator.speculative.memory_mixing import new_scratch
 from streaminator.speculative.memory_tables import (
     CLOCK,
-    NUM_CONTEXTS,
     NUM_ROWS,
     NUM_SHARED_CONTEXTS,
     NUM_SLOTS,
@@ -50,6 +49,7 @@ from streaminator.speculative.memory_tables import (
     USED_OVERFLOW,
     USED_SLOTS,
     Ints,
+    find_full,
     rebuild,
 )
 from streaminator.speculative.memory_texts import NOTHING, chunks, no_distributions, steps
@@ -323,21 +323,15 @@ class Memory:
 
     def _make_room(self, handles: Ints, lengths: Ints, rows_per_context: float) -> None:
         """Grow the tables that might not hold what comes next."""
-        tables = self._tables
-        num_contexts = np.bincount(self._running[handles, rates.TABLE], lengths, len(tables))
-        num_contexts *= NUM_CONTEXTS
-        if self._shared:
-            num_contexts[_SHARED] = lengths.sum() * NUM_SHARED_CONTEXTS
-        slots = tables[:, NUM_SLOTS]
-        overflow = tables[:, NUM_ROWS] - slots
-        is_full = tables[:, USED_SLOTS] + num_contexts > 0.8 * slots
-        # A full list only forgets its least token: overflow may run short, slots may not.
-        more = num_contexts * (rows_per_context - 1)
-        is_full |= tables[:, USED_OVERFLOW] + more > 0.95 * overflow
-        is_full &= (num_contexts > 0) & (slots > 0)
-        if is_full.any():
-            for table in sorted(np.flatnonzero(is_full).tolist(), key=_SHARED.__eq__):
-                self._grow(table, int(num_contexts[table]), rows_per_context)
+        full, num_contexts = find_full(
+            self._tables,
+            self._running[handles, rates.TABLE],
+            lengths,
+            rows_per_context,
+            self._shared,
+        )
+        for table, num in zip(full.tolist(), num_contexts.tolist(), strict=True):
+            self._grow(table, num, rows_per_context)
 
     def _grow(self, table: int, num_contexts: int, rows_per_context: float) -> None:
         """Double a table until it has room; one that may not double drops its oldest half."""

@@ -322,6 +322,34 @@ def _knows(rows: Rows, table: Ints, row: int, token: int) -> bool:
 
 
 @jit_allocating
+def find_full(
+    tables: Ints, owners: Ints, lengths: Ints, rows_per_context: float, use_shared: bool
+) -> tuple[Ints, Ints]:
+    """Tables that might not hold `lengths[i]` more tokens of table `owners[i]`, each.
+
+    Returns: the prompts' tables in order, then 0, the shared one; and how many contexts each is to get.
+    """
+    coming = np.zeros(len(tables), np.int64)
+    for index in range(len(owners)):
+        coming[owners[index]] += lengths[index] * NUM_CONTEXTS
+        if use_shared:
+            coming[0] += lengths[index] * NUM_SHARED_CONTEXTS
+    full = np.empty(len(tables), np.int64)
+    size = 0
+    for index in range(1, len(tables) + 1):
+        number = index % len(tables)
+        table, num = tables[number], coming[number]
+        slots, overflow = table[NUM_SLOTS], table[NUM_ROWS] - table[NUM_SLOTS]
+        # A full list only forgets its least token: overflow may run short, slots may not.
+        is_full = table[USED_SLOTS] + num > 0.8 * slots
+        is_full |= table[USED_OVERFLOW] + num * (rows_per_context - 1) > 0.95 * overflow
+        if is_full and num > 0 and slots > 0:
+            full[size] = number
+            size += 1
+    return full[:size], coming[full[:size]]
+
+
+@jit_allocating
 def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
     """Copy the contexts touched at `oldest` or later into an empty, zeroed table."""
     new[CLOCK] = old[CLOCK]

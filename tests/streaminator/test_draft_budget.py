@@ -93,12 +93,12 @@ def test_what_steps_really_cost_is_learned() -> None:
 def test_one_outlier_hardly_counts() -> None:
     costs = StepCosts([8, 64], [1.0, 2.0])
     costs.observe(64, 1000.0)
-    assert costs(np.array(64)) < 2.2
+    assert costs(64) < 2.2
 
 
 def test_more_tokens_never_cost_less() -> None:
     costs = StepCosts([8, 16, 32], [1.0, 3.0, 2.0])
-    assert (np.diff(costs(np.arange(1, 100))) >= 0).all()
+    assert (np.diff([costs(num) for num in range(1, 100)]) >= 0).all()
 
 
 def test_what_is_drafted_follows_what_is_verified() -> None:
@@ -117,7 +117,7 @@ def test_every_size_a_stream_may_need_is_measured(llama: ModelRunner, width: int
     cache = llama.make_cache(EngineConfig(num_blocks=2), 16)
     costs = measure_step_costs(llama, cache, FREE, stream_width=width, max_draft=8, num_top=4)
     assert costs.max_tokens >= width * 9
-    assert (costs(np.arange(1, width * 9)) > 0).all()
+    assert all(costs(num) > 0 for num in range(1, width * 9))
 
 
 def test_costs_decide_what_is_drafted_and_no_token(llama: ModelRunner) -> None:
