@@ -16,10 +16,10 @@ import torch
 
 from streaminator.sequence import Sequence
 
-# Rows are padded so that element-wise kernels never meet a partial vector, and products never have
-# very few rows: with either, a token's value would depend, in the last bit, on how many others are
-# in the batch.
 ROW_MULTIPLE = 8
+"""Rows are padded so that element-wise kernels never meet a partial vector, and products never have
+very few rows: with either, a token's value would depend, in the last bit, on how many others are in
+the batch."""
 
 _ROOM = 2**17  # numbers of a step that go to a GPU in one copy
 _ALIGNMENT = 16  # numbers; Triton compiles anew for pointers that are not multiples of 16 bytes
@@ -97,9 +97,15 @@ class Batch:
         return self._groups
 
 
-def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> Batch:
+def pack(
+    sequences: Seq[Sequence],
+    *,
+    block_size: int,
+    device: torch.device,
+    row_multiple: int = ROW_MULTIPLE,
+) -> Batch:
     """Lay out each sequence's scheduled tokens and its draft, one sequence after another, then the
-    second choices of all.
+    second choices of all, padded to a multiple of `row_multiple` rows.
     """
     tokens: list[int] = []
     rows: list[tuple[int, int, int, int, int]] = []
@@ -139,10 +145,10 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
     upload = _Upload(device) if device.type == "cuda" else None
     tensor = upload or torch.from_numpy
     batch = Batch(
-        input_ids=tensor(_padded(tokens))[None],
-        positions=tensor(_padded(positions))[None],
+        input_ids=tensor(_padded(tokens, row_multiple))[None],
+        positions=tensor(_padded(positions, row_multiple))[None],
         slot_mapping=tensor(slots),
-        sampled_rows=tensor(_padded(sampled)),
+        sampled_rows=tensor(_padded(sampled, ROW_MULTIPLE)),
         noise_keys=tensor(keys[drawers]),
         noise_positions=tensor(sampled + (num_drawn - first_sampled)[drawers]),
         num_tokens=len(tokens),
@@ -154,9 +160,9 @@ def pack(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> 
     return batch
 
 
-def _padded(numbers: Seq[int] | np.ndarray) -> np.ndarray:
-    """`numbers`, and zeros up to the next multiple of rows."""
-    padded = np.zeros(-(-len(numbers) // ROW_MULTIPLE) * ROW_MULTIPLE, dtype=np.int64)
+def _padded(numbers: Seq[int] | np.ndarray, multiple: int) -> np.ndarray:
+    """`numbers`, and zeros up to the next multiple."""
+    padded = np.zeros(-(-len(numbers) // multiple) * multiple, dtype=np.int64)
     padded[: len(numbers)] = numbers
     return padded
 

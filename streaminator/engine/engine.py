@@ -187,7 +187,12 @@ class Engine:
         drafting, survival = self._speculation.draft(sequences, self.scheduler.reserve_draft)
         clock.lap("draft")
         self.runner.clear(self._cache, self.scheduler.block_manager.take_handed_out())
-        batch = pack(sequences, block_size=self._cache.block_size, device=self.runner.device)
+        batch = pack(
+            sequences,
+            block_size=self._cache.block_size,
+            device=self.runner.device,
+            row_multiple=self.runner.row_multiple,
+        )
         clock.lap("pack")
         logits = self.runner.forward(batch, self._cache)
         clock.lap("forward")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from streaminator.engine.attention import LayerCall
-from streaminator.engine.batch import Batch
+from streaminator.engine.batch import ROW_MULTIPLE, Batch
 from streaminator.engine.fused_layers import (
     FusedStack,
     NotFusedError,
@@ -58,6 +58,11 @@ class FusedModel:
         self._stack.pack()
 
     @property
+    def row_multiple(self) -> int:
+        """Packed rows are padded to this many."""
+        return 4 if self._stack.is_one_call else ROW_MULTIPLE  # half a tile of `csrc/products.c`
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the token embedding."""
         return len(self._embedding.weight)
@@ -74,7 +79,7 @@ class FusedModel:
         end = int((batch.lines.firsts + batch.lines.counts).max())
         x, rotary = self.embed(batch.input_ids[0], batch.positions[0], end)
         x = self._stack(x, rotary, cache, lines_of(batch.lines))
-        if len(batch.noise_keys) < batch.num_tokens:
+        if len(batch.noise_keys) < batch.num_tokens or len(x) < len(batch.sampled_rows):
             x = x.index_select(0, batch.sampled_rows)
         x = self._stack.kernels.rms_norm(x, self._norm.weight, eps_of(self._norm))
         return self._head(x)

@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 
 from streaminator.config import EngineConfig, ModelConfig
 from streaminator.engine.attention import NAME, LayerCall, Stream, attention
-from streaminator.engine.batch import Batch
+from streaminator.engine.batch import ROW_MULTIPLE, Batch
 from streaminator.engine.checkpoint import load_model
 from streaminator.engine.compile_kernels import KernelsMissingError
 from streaminator.engine.device import resolve_device, resolve_dtype
@@ -185,6 +185,11 @@ class ModelRunner:
         if config.kv_memory is None:
             return _free_bytes(self.device) // per_block
         return int(config.kv_memory * 2**30) // per_block
+
+    @property
+    def row_multiple(self) -> int:
+        """Packed rows are padded to this many."""
+        return self._fused.row_multiple if self._fused else ROW_MULTIPLE
 
     def clear(self, cache: KVCache, blocks: list[int]) -> None:
         """See to it that nothing is left of the last owners of blocks that are handed out anew."""

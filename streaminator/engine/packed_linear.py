@@ -19,6 +19,8 @@ from streaminator.engine.kernels import Kernels
 
 _ROWS = (8, 16, 24, 32, 48, 64, 96, 136, 264)
 """Sizes of the batches that are tried."""
+_MORE_ROWS = (4, 12, 20)
+"""Of the kernels' products, too, which may have half a tile."""
 _HINT = 16
 """Rows that oneDNN's layout is chosen for."""
 
@@ -77,7 +79,7 @@ class Packer:
         return all(
             torch.equal(packed(rows[:num]), products[:num])
             and torch.equal(packed.add_to(base[:num], rows[:num]), sums[:num])
-            for num in _ROWS[:-1]
+            for num in (_ROWS if type(packed) is _OneDnnProduct else _ROWS + _MORE_ROWS)
         )
 
 

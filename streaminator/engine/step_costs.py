@@ -63,10 +63,10 @@ def measure_step_costs(
     def step(num_tokens: int) -> float:
         return _step(runner, cache, sampling, num_tokens, stream_width, num_top, context)
 
+    size = runner.row_multiple
     if not known:
-        step(ROW_MULTIPLE)  # the first one of all allocates and compiles
+        step(size)  # the first one of all allocates and compiles
     seconds: dict[int, float] = {}
-    size = ROW_MULTIPLE
     last = 0.0
     while not seconds or (size < 2 * most and (last < _SLOW or size < 2 * stream_width)):
         taken = known.get(size) or _try(step, size, is_needed=not seconds)
@@ -75,7 +75,7 @@ def measure_step_costs(
         last = seconds[size] = taken
         size *= 2
     _repeat(step, seconds, _REPEATS - 1, without=known)
-    return StepCosts(list(seconds), list(seconds.values()), multiple=ROW_MULTIPLE)
+    return StepCosts(list(seconds), list(seconds.values()), multiple=runner.row_multiple)
 
 
 def measure_widths(
@@ -170,7 +170,12 @@ def _step(
     ]  # fmt: skip
     runner.synchronize()
     start = time.perf_counter()
-    batch = pack(sequences, block_size=cache.block_size, device=runner.device)
+    batch = pack(
+        sequences,
+        block_size=cache.block_size,
+        device=runner.device,
+        row_multiple=runner.row_multiple,
+    )
     logits = runner.forward(batch, cache)
     with torch.inference_mode():
         keys, positions = batch.noise_keys, batch.noise_positions

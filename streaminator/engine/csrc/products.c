@@ -4,33 +4,36 @@
 // Compiled by `compile_kernels.py` for one type of weights: -DBF16=0|1.
 //
 // Exactness: a row's sums are built up input by input, by the same instructions in any batch; the
-// last tile is filled with rows that are not stored.
+// last tile, of ROWS or half as many, is filled with rows that are not stored.
 
 #include "products.h"
 
 #define PANEL 32  // outputs that a tile of a product has
 
-// The products of ROWS rows with a panel of weights, while lines are fetched, PIECE of them at each of
-// `places`.
-static inline void product_tile(const scalar *x, int64_t num_inputs, const scalar *panel,
-                                const char *const *places, vec out[ROWS][2]) {
+// The products of `rows` rows, a constant, with a panel of weights, while lines are fetched, PIECE of them
+// at each of `places`.
+static inline __attribute__((always_inline)) void product_tile(const int rows, const scalar *x,
+                                                               int64_t num_inputs,
+                                                               const scalar *panel,
+                                                               const char *const *places,
+                                                               vec out[ROWS][2]) {
     vec sums[ROWS][2];
 #pragma GCC unroll 8
-    for (int row = 0; row < ROWS; row++) sums[row][0] = sums[row][1] = (vec){0};
+    for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = (vec){0};
     for (int64_t begin = 0; begin < num_inputs; begin += PIECE * PAIR, places++) {
         int64_t end = begin + PIECE * PAIR < num_inputs ? begin + PIECE * PAIR : num_inputs;
         const char *line = *places;
         for (int64_t at = begin; at < end; at += PAIR, panel += PANEL * PAIR, line += LINE) {
             __builtin_prefetch(line, 0, 2);
 #pragma GCC unroll 8
-            for (int row = 0; row < ROWS; row++) {
+            for (int row = 0; row < rows; row++) {
                 pair factor = pair_at(x + row * num_inputs + at);
                 sums[row][0] = add_products(sums[row][0], panel, factor);
                 sums[row][1] = add_products(sums[row][1], panel + LANES * PAIR, factor);
             }
         }
     }
-    memcpy(out, sums, sizeof sums);
+    memcpy(out, sums, (size_t)rows * sizeof *sums);
 }
 
 // [num_outputs, num_inputs] -> [num_outputs / PANEL, num_inputs / PAIR, PANEL, PAIR].
@@ -61,7 +64,7 @@ int product(const scalar *x, const scalar *packed, const scalar *bias, const sca
     int64_t num_steps = num_inputs / PAIR, num_parts = (num_steps + PIECE - 1) / PIECE;
     int64_t num_whole_parts = num_steps / PIECE, num_idle = num_idle_tiles(num_rows);
     scalar *last = NULL;
-    if (num_whole < num_rows) {
+    if (num_rows % (ROWS / 2) || num_rows - num_whole > ROWS / 2) {
         last = calloc((size_t)(ROWS * num_inputs), sizeof *last);
         if (!last) return 1;
         memcpy(last, x + num_whole * num_inputs,
@@ -84,8 +87,11 @@ int product(const scalar *x, const scalar *packed, const scalar *bias, const sca
                     places[part] = coming->pieces[first + part];
             }
             int64_t row = tile * ROWS;
-            product_tile(row < num_whole ? x + row * num_inputs : last, num_inputs, weights, places,
-                         sums);
+            const scalar *rows = row < num_whole || !last ? x + row * num_inputs : last;
+            if (num_rows - row <= ROWS / 2)
+                product_tile(ROWS / 2, rows, num_inputs, weights, places, sums);
+            else
+                product_tile(ROWS, rows, num_inputs, weights, places, sums);
             for (int index = 0; index < ROWS && row + index < num_rows; index++)
                 for (int half = 0; half < 2; half++) {
                     int64_t column = panel * PANEL + half * LANES;
