@@ -63,19 +63,34 @@ def measure_step_costs(
     def step(num_tokens: int) -> float:
         return _step(runner, cache, sampling, num_tokens, stream_width, num_top, context)
 
-    size = runner.row_multiple
+    multiple = runner.row_multiple
     if not known:
-        step(size)  # the first one of all allocates and compiles
+        step(multiple)  # the first one of all allocates and compiles
     seconds: dict[int, float] = {}
     last = 0.0
-    while not seconds or (size < 2 * most and (last < _SLOW or size < 2 * stream_width)):
+    for size in _sizes(stream_width, most, multiple):
+        if last >= _SLOW and size >= 2 * stream_width:
+            break
         taken = known.get(size) or _try(step, size, is_needed=not seconds)
         if taken is None:
             break
         last = seconds[size] = taken
-        size *= 2
     _repeat(step, seconds, _REPEATS - 1, without=known)
-    return StepCosts(list(seconds), list(seconds.values()), multiple=runner.row_multiple)
+    # What a draft costs is the difference of two sizes that are close.
+    near = {
+        size: taken for size, taken in seconds.items() if stream_width <= size < 2 * stream_width
+    }
+    _repeat(step, near, min(int(_QUIET / sum(near.values())), _MOST_REPEATS) if near else 0)
+    seconds |= near
+    return StepCosts(list(seconds), list(seconds.values()), multiple=multiple)
+
+
+def _sizes(stream_width: int, most: int, multiple: int) -> list[int]:
+    """Twice as many each time; and the first few drafts of a full stream, which cost least or most."""
+    sizes = {multiple << power for power in range((2 * most // multiple).bit_length())}
+    full = -(-stream_width // multiple) * multiple
+    sizes |= {full + num * multiple for num in (0, 1, 2, 4)}
+    return sorted(size for size in sizes if size < 2 * most)
 
 
 def measure_widths(
