@@ -224,7 +224,7 @@ def _learn(
     for k in range(size):
         gradient = target[k] - shares[k] * total
         exponent += gradient * logs[k]
-        if abs(gradient) < 1e-3:
+        if abs(gradient) < 1e-2:
             continue
         for j in range(NUM_FEATURES):
             _climb(weights, features[k, j], gradient, _RATE)
