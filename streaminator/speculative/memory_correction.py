@@ -51,16 +51,17 @@ class Correction(NamedTuple):
     """[V] whether a token is part of a number; empty: not known."""
     histories: Rows
     """[H, *HISTORY_SHAPE]"""
+    # Places of a chain first: drafting goes a token of each sequence at a time.
     sizes: Ints
-    """[H, MAX_DRAFT, 2] at each drafted token: how many candidates, and the longest match."""
+    """[MAX_DRAFT, H, 2] at each drafted token: how many candidates, and the longest match."""
     tokens: Ints
-    """[H, MAX_DRAFT, MOST] these candidates."""
+    """[MAX_DRAFT, H, MOST] these candidates."""
     shares: Floats
-    """[H, MAX_DRAFT, MOST] what they were given in the end."""
+    """[MAX_DRAFT, H, MOST] what they were given in the end."""
     logs: Floats
-    """[H, MAX_DRAFT, MOST] of what the mixture gave them."""
+    """[MAX_DRAFT, H, MOST] of what the mixture gave them."""
     features: Rows
-    """[H, MAX_DRAFT, MOST, NUM_FEATURES] places of their weights."""
+    """[MAX_DRAFT, H, MOST, NUM_FEATURES] places of their weights."""
 
     @classmethod
     def of(cls, num: int, numbers: NDArray[np.bool_]) -> "Correction":
@@ -70,18 +71,23 @@ class Correction(NamedTuple):
 
     def widened(self, num: int) -> "Correction":
         """The same with room for `num` more sequences."""
-        more = zip(self[2:], _empty(num), strict=True)
-        return Correction(*self[:2], *(np.concatenate(pair) for pair in more))
+        histories, *kept = _empty(num)
+        more = zip(self[3:], kept, strict=True)
+        return Correction(
+            *self[:2],
+            np.concatenate([self.histories, histories]),
+            *(np.concatenate(pair, 1) for pair in more),
+        )
 
 
 def _empty(num: int) -> tuple[NDArray[Any], ...]:
     return (
         np.zeros((num, *HISTORY_SHAPE), np.int32),
-        np.zeros((num, MAX_DRAFT, 2), np.int64),
-        np.zeros((num, MAX_DRAFT, MOST), np.int64),
-        np.zeros((num, MAX_DRAFT, MOST), np.float64),
-        np.zeros((num, MAX_DRAFT, MOST), np.float64),
-        np.zeros((num, MAX_DRAFT, MOST, NUM_FEATURES), np.int32),
+        np.zeros((MAX_DRAFT, num, 2), np.int64),
+        np.zeros((MAX_DRAFT, num, MOST), np.int64),
+        np.zeros((MAX_DRAFT, num, MOST), np.float64),
+        np.zeros((MAX_DRAFT, num, MOST), np.float64),
+        np.zeros((MAX_DRAFT, num, MOST, NUM_FEATURES), np.int32),
     )
 
 
@@ -118,8 +124,8 @@ def keep(
     size: int,
 ) -> None:
     """Remember what else `learn_corrections` needs of a drafted token."""
-    kept, shares = correction.tokens[handle, step], correction.shares[handle, step]
-    correction.sizes[handle, step, 0], correction.sizes[handle, step, 1] = size, longest
+    kept, shares = correction.tokens[step, handle], correction.shares[step, handle]
+    correction.sizes[step, handle, 0], correction.sizes[step, handle, 1] = size, longest
     total = 0.0
     for k in range(size):
         total += masses[k]
@@ -202,12 +208,12 @@ def _learn(
     target: Floats,
 ) -> None:
     """One step up the gradient: corrected shares against the distribution that `token` was drawn from."""
-    size, longest = correction.sizes[handle, step]
+    size, longest = correction.sizes[step, handle]
     if size < 2:
         return
     weights = correction.weights
-    tokens, shares = correction.tokens[handle, step], correction.shares[handle, step]
-    logs, features = correction.logs[handle, step], correction.features[handle, step]
+    tokens, shares = correction.tokens[step, handle], correction.shares[step, handle]
+    logs, features = correction.logs[step, handle], correction.features[step, handle]
     total = 0.0
     for k in range(size):
         target[k] = 0.0

@@ -204,7 +204,7 @@ def draft(
             history, length = correction.histories[handle], state[LENGTH] + step
             # One alone keeps what it has.
             if size > 1:
-                features, logs = correction.features[handle, step], correction.logs[handle, step]
+                features, logs = correction.features[step, handle], correction.logs[step, handle]
                 find_features(
                     history, length, state[NUM_PROMPT], own_longest, tokens, size,
                     correction.numbers, features,
