@@ -146,7 +146,7 @@ def draft(
         mixing, recency, hits, second_hits, strengths, noise_hits: what was learned about each.
         seen: [tables, NUM_SEEN] where tokens stood last, [tables, 0]: without factors of recency.
         use_shared: whether the shared table is mixed in.
-        correction: of the mixture; the first drafted tokens' candidates are kept there.
+        correction: of the mixture; the drafted tokens' candidates are kept there.
         predictions: [H, K, 4 + S] token, bucket, second choice (-1: none) and its share, and the
             token by each strength.
         chains, scratch: arrays to work in, `chains` new ones.
