@@ -18,7 +18,7 @@ A token that is new in all its contexts costs 10 rows of 32 bytes in its prompt'
 shared one; tables are between 0.4 and 0.8 full: 400 to 800 bytes and 280 to 560. A token already
 known in its contexts costs nothing, its distribution at most two rows in either table. Beside the
 tables an open prompt holds 16 KiB without noise: where which token stood last; a running sequence
-9 KiB: its text.
+8 KiB for its text and 54 for what it drafts, 0.9 for each of 64 tokens.
 
 Used by: `memory_store` (the stream), `replay`.
 """
@@ -36,7 +36,7 @@ from streaminator.speculative import memory_learning as learning
 from streaminator.speculative import memory_rates as rates
 from streaminator.speculative.arena import Arena
 from streaminator.speculative.memory_correction import Correction
-from streaminator.speculative.memory_features import begin
+from streaminator.speculative.memory_features import MAX_DRAFT, begin
 from streaminator.speculative.memory_mixing import new_scratch
 from streaminator.speculative.memory_tables import (
     CLOCK,
@@ -54,8 +54,6 @@ from streaminator.speculative.memory_tables import (
 )
 from streaminator.speculative.memory_texts import NOTHING, chunks, no_distributions, steps
 
-MAX_DRAFT = 64
-"""No draft is longer."""
 _MIN_ROWS = 256
 _SHARED = 0
 _CHUNK = 512  # tokens learned between two looks at the room left

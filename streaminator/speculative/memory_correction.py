@@ -10,7 +10,8 @@ last: how far back, after what, whether what stood there once before here was fo
 which of the latest numbers it would repeat.
 They do not name the candidate where they can do without: so what is learned ("behind `>>` comes what
 stood behind `=`") holds for numbers and names never seen. Weights climb the gradient of the
-log-likelihood under the model's distribution (AdaGrad, Duchi 2011), at each step's first drafted token.
+log-likelihood under the model's distribution (AdaGrad, Duchi 2011), at each drafted token that the
+tokens drawn lead up to.
 
 Used by: `memory`, `memory_kernels`, `memory_learning`, `memory_mixing`.
 """
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from streaminator.speculative.memory_features import (
     HASH_BITS,
     HISTORY_SHAPE,
+    MAX_DRAFT,
     NUM_FEATURES,
 )
 from streaminator.speculative.memory_noise import exp, log
@@ -36,7 +38,7 @@ MOST = 12
 WEIGHTS_SHAPE = (2, (1 << HASH_BITS) + NUM_CONTEXTS + 1)
 """[(weight, squared gradients), feature by its hash, then exponents by the longest match]"""
 _EXPONENTS = 1 << HASH_BITS
-_RATE, _EXPONENT_RATE = 0.15, 0.03
+_RATE, _EXPONENT_RATE = 0.2, 0.03
 _HOPELESS = 0.005  # of the best candidate's mass
 _UNLIKELY = 1e-6  # what a candidate's share is taken for at least
 
@@ -49,16 +51,17 @@ class Correction(NamedTuple):
     """[V] whether a token is part of a number; empty: not known."""
     histories: Rows
     """[H, *HISTORY_SHAPE]"""
+    # Places of a chain first: drafting goes a token of each sequence at a time.
     sizes: Ints
-    """[H, 2] at the first drafted token: how many candidates, and the longest match."""
+    """[MAX_DRAFT, H, 2] at each drafted token: how many candidates, and the longest match."""
     tokens: Ints
-    """[H, MOST] these candidates."""
+    """[MAX_DRAFT, H, MOST] these candidates."""
     shares: Floats
-    """[H, MOST] what they were given in the end."""
+    """[MAX_DRAFT, H, MOST] what they were given in the end."""
     logs: Floats
-    """[H, MOST] of what the mixture gave them."""
+    """[MAX_DRAFT, H, MOST] of what the mixture gave them."""
     features: Rows
-    """[H, MOST, NUM_FEATURES] places of their weights."""
+    """[MAX_DRAFT, H, MOST, NUM_FEATURES] places of their weights."""
 
     @classmethod
     def of(cls, num: int, numbers: NDArray[np.bool_]) -> "Correction":
@@ -68,18 +71,23 @@ class Correction(NamedTuple):
 
     def widened(self, num: int) -> "Correction":
         """The same with room for `num` more sequences."""
-        more = zip(self[2:], _empty(num), strict=True)
-        return Correction(*self[:2], *(np.concatenate(pair) for pair in more))
+        histories, *kept = _empty(num)
+        more = zip(self[3:], kept, strict=True)
+        return Correction(
+            *self[:2],
+            np.concatenate([self.histories, histories]),
+            *(np.concatenate(pair, 1) for pair in more),
+        )
 
 
 def _empty(num: int) -> tuple[NDArray[Any], ...]:
     return (
         np.zeros((num, *HISTORY_SHAPE), np.int32),
-        np.zeros((num, 2), np.int64),
-        np.zeros((num, MOST), np.int64),
-        np.zeros((num, MOST), np.float64),
-        np.zeros((num, MOST), np.float64),
-        np.zeros((num, MOST, NUM_FEATURES), np.int32),
+        np.zeros((MAX_DRAFT, num, 2), np.int64),
+        np.zeros((MAX_DRAFT, num, MOST), np.int64),
+        np.zeros((MAX_DRAFT, num, MOST), np.float64),
+        np.zeros((MAX_DRAFT, num, MOST), np.float64),
+        np.zeros((MAX_DRAFT, num, MOST, NUM_FEATURES), np.int32),
     )
 
 
@@ -109,24 +117,21 @@ def keep_likeliest(tokens: Ints, masses: Floats, size: int) -> int:
 def keep(
     correction: Correction,
     handle: int,
+    step: int,
     longest: int,
     tokens: Ints,
     masses: Floats,
     size: int,
-    logs: Floats,
-    features: Rows,
 ) -> None:
-    """Remember what `learn_correction` needs."""
-    correction.sizes[handle, 0], correction.sizes[handle, 1] = size, longest
+    """Remember what else `learn_corrections` needs of a drafted token."""
+    kept, shares = correction.tokens[step, handle], correction.shares[step, handle]
+    correction.sizes[step, handle, 0], correction.sizes[step, handle, 1] = size, longest
     total = 0.0
     for k in range(size):
         total += masses[k]
     for k in range(size):
-        correction.tokens[handle, k] = tokens[k]
-        correction.shares[handle, k] = masses[k] / total
-        correction.logs[handle, k] = logs[k]
-        for j in range(NUM_FEATURES):
-            correction.features[handle, k, j] = features[k, j]
+        kept[k] = tokens[k]
+        shares[k] = masses[k] / total
 
 
 @jit
@@ -167,27 +172,48 @@ def correct(
 
 
 @jit
-def learn_correction(
+def learn_corrections(
     correction: Correction,
     handle: int,
+    predictions: Ints,
+    num_predicted: int,
+    drawn: Ints,
+    top_ids: Ints,
+    top_probs: NDArray[np.float32],
+    target: Floats,
+) -> None:
+    """Climb at each drafted token up to the first that was not drawn, and there.
+
+    Args:
+        correction, handle: what is learned, and of which sequence.
+        predictions: [K, 1 or more] the drafted tokens, `num_predicted` of them.
+        drawn: [n] what was drawn instead.
+        top_ids, top_probs: [n, M] the distributions it was drawn from; M = 0: not known.
+        target: [MOST] scratch.
+    """
+    for step in range(min(num_predicted, len(drawn))):
+        _learn(correction, handle, step, drawn[step], top_ids[step], top_probs[step], target)
+        if predictions[step, 0] != drawn[step]:
+            return
+
+
+@jit_inline
+def _learn(
+    correction: Correction,
+    handle: int,
+    step: int,
     token: int,
     top_ids: Ints,
     top_probs: NDArray[np.float32],
     target: Floats,
 ) -> None:
-    """One step up the gradient: corrected shares against the distribution that `token` was drawn from.
-
-    `target` [MOST] is scratch.
-    """
-    size, longest = correction.sizes[handle]
+    """One step up the gradient: corrected shares against the distribution that `token` was drawn from."""
+    size, longest = correction.sizes[step, handle]
     if size < 2:
         return
-    weights, tokens, shares = (
-        correction.weights,
-        correction.tokens[handle],
-        correction.shares[handle],
-    )
-    logs, features = correction.logs[handle], correction.features[handle]
+    weights = correction.weights
+    tokens, shares = correction.tokens[step, handle], correction.shares[step, handle]
+    logs, features = correction.logs[step, handle], correction.features[step, handle]
     total = 0.0
     for k in range(size):
         target[k] = 0.0
@@ -204,7 +230,7 @@ def learn_correction(
     for k in range(size):
         gradient = target[k] - shares[k] * total
         exponent += gradient * logs[k]
-        if abs(gradient) < 1e-3:
+        if abs(gradient) < 1e-2:
             continue
         for j in range(NUM_FEATURES):
             _climb(weights, features[k, j], gradient, _RATE)

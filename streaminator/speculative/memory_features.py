@@ -22,12 +22,13 @@ from streaminator.speculative.memory_rates import LENGTH, NUM_PROMPT
 from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline
 from streaminator.speculative.memory_tables import is_number
 
+MAX_DRAFT = 64
+"""No draft is longer."""
 HISTORY_SHAPE = (512, 4)
 """Of one running sequence."""
 _TEXT, _ROLE, _LINK, _LAST = range(4)
 _SIZE = HISTORY_SHAPE[0]
 _KEPT = 256  # tokens that stay when a history is full
-_DRAFTED = 64  # tokens that may be drafted behind it
 
 NUM_FEATURES = 10
 """Of each candidate."""
@@ -75,7 +76,7 @@ def pop(history: Rows, place: int, before: int) -> None:
 def extend(history: Rows, state: Ints, new: Ints, numbers: NDArray[np.bool_]) -> None:
     """Append tokens to a running sequence's text; what is too long ago goes."""
     for index in range(len(new)):
-        if state[LENGTH] >= _SIZE - _DRAFTED:
+        if state[LENGTH] >= _SIZE - MAX_DRAFT:
             first = state[LENGTH] - _KEPT
             for at in range(_SIZE):
                 history[at, _LAST] = 0
@@ -165,12 +166,16 @@ def find_features(
     history: Rows,
     length: int,
     num_prompt: int,
+    longest: int,
     tokens: Ints,
     size: int,
     numbers: NDArray[np.bool_],
     features: Rows,
 ) -> None:
-    """Fill [size, NUM_FEATURES] with the weights' places of each candidate that may come next."""
+    """Fill [size, NUM_FEATURES] with the weights' places of each candidate that may come next.
+
+    `longest` is the place of the own longest match.
+    """
     newest = length - 1
     last = np.int64(history[newest, _TEXT])
     role = _role_after(history, newest, numbers)
@@ -200,32 +205,33 @@ def find_features(
                 after_two = np.int64(history[at + 1, _TEXT])
                 break
             at = np.int64(history[at, _LINK]) >> 2
+    behind = (role << 20) + second
     num_digits = min(_mark_repeated(history, length, tokens, size, numbers, features), 7)
     for k in range(size):
         token = tokens[k]
         place = np.int64(history[token & (_SIZE - 1), _LAST]) - 1
         if place >= 0 and history[place, _TEXT] != token:
             place = -1
-        old_role = previous = -1
+        old_role = -1
         distance, num, is_said = 63, 0, 0
         if place >= 0:
             distance = min(length - place, 62)
             old_role = np.int64(history[place, _ROLE])
-            previous = np.int64(history[place - 1, _TEXT]) if place > 0 else -1
             is_said = 1 if place >= num_prompt else 0
             num = np.int64(history[place, _LINK]) & 3
         follows = 1 if token == after_one else 0
         if after_two >= 0:
             follows += 2 if token == after_two else 4
+        times = num * 2 + is_said
         row = features[k]
         repeats = np.int64(row[0])
         row[0] = _place_of(_pair(0, role, token))
-        row[1] = _place_of(_pair(1, (role << 20) + second, token))
+        row[1] = _place_of(_pair(1, behind, token))
         row[2] = _place_of(_pair(2, third, token))
-        row[3] = _place_of(_pair(3, 0, num * 2 + is_said))
+        row[3] = _place_of(_pair(3, longest, times))
         row[4] = _place_of(_pair(4, role, old_role))
         row[5] = _place_of(_pair(5, last, distance))
         row[6] = _place_of(_pair(6, last, follows))
-        row[7] = _place_of(_pair(7, last, previous))
-        row[8] = _place_of(_pair(8, role, repeats))
+        row[7] = _place_of(_pair(7, behind, times))
+        row[8] = _place_of(_pair(8, behind, repeats))
         row[9] = _place_of(_pair(9, num_digits, repeats))

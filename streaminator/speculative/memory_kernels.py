@@ -146,7 +146,7 @@ def draft(
         mixing, recency, hits, second_hits, strengths, noise_hits: what was learned about each.
         seen: [tables, NUM_SEEN] where tokens stood last, [tables, 0]: without factors of recency.
         use_shared: whether the shared table is mixed in.
-        correction: of the mixture; the first drafted token's candidates are kept there.
+        correction: of the mixture; the drafted tokens' candidates are kept there.
         predictions: [H, K, 4 + S] token, bucket, second choice (-1: none) and its share, and the
             token by each strength.
         chains, scratch: arrays to work in, `chains` new ones.
@@ -160,7 +160,7 @@ def draft(
     uses_recency = seen.shape[1] > 0
     keys, text, restore, survivals, starts, waiting, picks = chains
     tokens, masses = scratch.tokens, scratch.masses
-    features, logs, scores = scratch.features, scratch.logs, scratch.scores
+    scores = scratch.scores
     num_waiting = num
     for n in range(num):
         state = running[handles[n]]
@@ -204,14 +204,15 @@ def draft(
             history, length = correction.histories[handle], state[LENGTH] + step
             # One alone keeps what it has.
             if size > 1:
+                features, logs = correction.features[step, handle], correction.logs[step, handle]
                 find_features(
-                    history, length, state[NUM_PROMPT], tokens, size, correction.numbers, features
-                )
+                    history, length, state[NUM_PROMPT], own_longest, tokens, size,
+                    correction.numbers, features,
+                )  # fmt: skip
                 correct(correction.weights, own_longest, masses, size, features, logs, scores[0])
             else:
                 scores[0, 0] = 0.0
-            if step == 0:
-                keep(correction, handle, own_longest, tokens, masses, size, logs, features)
+            keep(correction, handle, step, own_longest, tokens, masses, size)
             strength = _best_strength(noise_hits, match)
             position = state[POSITION] + step
             is_new = noise_hits[match, strength] < _ENOUGH_TRIALS

@@ -10,7 +10,7 @@ Used by: `memory`.
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_correction import Correction, learn_correction
+from streaminator.speculative.memory_correction import Correction, learn_corrections
 from streaminator.speculative.memory_features import extend
 from streaminator.speculative.memory_mixing import (
     ENOUGH,
@@ -95,9 +95,10 @@ def learn(
             text[TAIL + index] = new[first + index]
         if learns_rates:
             drawn = new[first : first + num]
-            if state[PREDICTED] and num:
-                ids, probs = top_ids[first_row], top_probs[first_row]
-                learn_correction(correction, handle, drawn[0], ids, probs, masses)
+            ids, probs = top_ids[first_row:], top_probs[first_row:]
+            learn_corrections(
+                correction, handle, predictions[handle], state[PREDICTED], drawn, ids, probs, masses
+            )
             extend(correction.histories[handle], state, drawn, correction.numbers)
             learn_hits(state, predictions[handle], drawn, hits, second_hits, noise_hits)
         for index in range(num):

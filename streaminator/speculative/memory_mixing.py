@@ -14,8 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_correction import MOST
-from streaminator.speculative.memory_features import NUM_FEATURES
 from streaminator.speculative.memory_rates import NUM_AGES, Floats, age_of, kind_of, part_of
 from streaminator.speculative.memory_records import (
     EMPTY,
@@ -63,8 +61,6 @@ class Scratch(NamedTuple):
     hints: Ints
     near: Ints
     scores: Floats
-    logs: Floats
-    features: Rows
     keys: NDArray[np.uint64]
     found: Ints
     places: Ints
@@ -83,8 +79,6 @@ def new_scratch() -> Scratch:
         hints=np.zeros(NUM_HINTS, np.int64),
         near=np.empty((2, MAX_CANDIDATES), np.int64),
         scores=np.empty((2, MAX_CANDIDATES)),
-        logs=np.empty(MAX_CANDIDATES),
-        features=np.empty((MOST, NUM_FEATURES), np.int32),
         keys=np.empty(NUM_CONTEXTS, np.uint64),
         found=np.empty((2, NUM_CONTEXTS), np.int64),
         places=np.empty((2 * NUM_CONTEXTS, 4), np.int64),

@@ -39,6 +39,26 @@ def test_what_is_copied_is_learned_across_prompts():
     assert np.mean(rates[-100:]) > 0.6
 
 
+def test_what_is_always_drafted_late_is_learned_too():
+    rng = np.random.default_rng(0)
+    memory = Memory(max_bytes=SMALL, min_survival=0)
+    rates = []
+    for index in range(200):
+        prompt = rng.integers(100, 140, 8).tolist()
+        memory.open(str(index), prompt, ())
+        handle = np.array([memory.start(str(index), prompt, 0)])
+        x, other = int(rng.integers(100, 112)), int(rng.integers(1000, 3000))
+        text = [1, x, other, 2, 3, 4, x]
+        for first, end in ((0, 4), (4, 7)):
+            if first == 4:
+                drafts = memory.draft(handle, np.array([3]))
+                rates.append(drafts.tokens[0, 0].tolist() == text[4:])
+            memory.commit(handle, np.array(text[first:end]), np.array([end - first]))
+        memory.finish(int(handle[0]))
+        memory.close(str(index))
+    assert np.mean(rates[-100:]) > 0.9
+
+
 def test_a_text_longer_than_what_is_kept_of_it_is_drafted_on():
     memory = Memory(max_bytes=SMALL, min_survival=0)
     text = [7, 8, 9, 10] * 400
