@@ -28,7 +28,7 @@ from streaminator.speculative.memory_features import (
     MAX_DRAFT,
     NUM_FEATURES,
 )
-from streaminator.speculative.memory_noise import exp, log
+from streaminator.speculative.memory_math import exp, log
 from streaminator.speculative.memory_rates import Floats
 from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline
 from streaminator.speculative.memory_tables import NUM_CONTEXTS

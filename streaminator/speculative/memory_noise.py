@@ -3,18 +3,14 @@
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 """Compiled choice among candidates, with the sampler's noise (`memory_kernels` says why).
 
-Used by: `memory_kernels`; `memory_correction`, for logarithms and exponentials.
+Used by: `memory_kernels`.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
+from streaminator.speculative.memory_math import log
 from streaminator.speculative.memory_rates import Floats
 from streaminator.speculative.memory_records import Ints, jit_inline
 from streaminator.speculative.memory_tables import mix64
@@ -24,52 +20,6 @@ _HOPELESS = math.log(0.01)  # below the best candidate's mass: the noise would h
 _NOISE_ROW, _NOISE_TOKEN = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
 _SHIFT12 = np.uint64(12)
 _TWO = np.uint64(2)
-_ROOT_HALF, _MANTISSA = 0x3FE6A09E667F3BCD, 52
-_LN2 = math.log(2)
-_LEAST_EXPONENT = -700.0
-_ROUNDING = 1.5 * 2.0**_MANTISSA  # added to a number, its low bits are the nearest integer
-_ROUNDED = int(np.float64(_ROUNDING).view(np.int64))
-
-
-def _bits_as(kind: Any, llvm_type: Callable) -> Any:
-    """A compiled function that reads 64 bits as another type."""
-
-    def bits_as(context: Any, x: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.bitcast(arguments[0], llvm_type())
-
-        return kind(x), generate
-
-    return intrinsic(bits_as)
-
-
-_as_int: Any = _bits_as(types.int64, lambda: ir.IntType(64))
-_as_float: Any = _bits_as(types.float64, ir.DoubleType)
-
-
-@jit_inline
-def log(x: float) -> float:
-    """Logarithm of a positive normal number, to 13 digits: unlike the library's it vectorises."""
-    bits = _as_int(x)
-    exponent = (bits - _ROOT_HALF) >> _MANTISSA
-    # Of what is between sqrt(1/2) and sqrt(2) the series of the area tangent is short.
-    x = _as_float(bits - (exponent << _MANTISSA))
-    t = (x - 1) / (x + 1)
-    z = t * t
-    series = 1 / 9 + z * (1 / 11 + z * (1 / 13 + z * (1 / 15)))
-    series = 1 + z * (1 / 3 + z * (1 / 5 + z * (1 / 7 + z * series)))
-    return exponent * _LN2 + 2 * t * series
-
-
-@jit_inline
-def exp(x: float) -> float:
-    """Exponential to 12 digits, of what is below -700 as of -700; it vectorises, too."""
-    x = max(x, _LEAST_EXPONENT)
-    power = _as_int(x * (1 / _LN2) + _ROUNDING) - _ROUNDED
-    x -= power * _LN2
-    series = 1 / 5040 + x * (1 / 40320 + x * (1 / 362880 + x * (1 / 3628800)))
-    series = 1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * series)))
-    return (1 + x * (1 + x * (0.5 + x * series))) * _as_float((power + 1023) << _MANTISSA)
 
 
 @jit_inline
