@@ -77,10 +77,9 @@ def measure_step_costs(
         last = seconds[size] = taken
     _repeat(step, seconds, _REPEATS - 1, without=known)
     # What a draft costs is the difference of two sizes that are close.
-    near = {
-        size: taken for size, taken in seconds.items() if stream_width <= size < 2 * stream_width
-    }
-    _repeat(step, near, min(int(_QUIET / sum(near.values())), _MOST_REPEATS) if near else 0)
+    near = {n: s for n, s in seconds.items() if stream_width <= n < 2 * stream_width}
+    rounds = int(_QUIET / sum(near.values())) if near else 0
+    _repeat(step, near, min(rounds, _MOST_REPEATS), without=known)
     seconds |= near
     return StepCosts(list(seconds), list(seconds.values()), multiple=multiple)
 
