@@ -92,8 +92,8 @@ def _empty(num: int) -> tuple[NDArray[Any], ...]:
 
 
 @jit_inline
-def keep_likeliest(tokens: Ints, masses: Floats, size: int) -> int:
-    """Leave at most MOST candidates; returns how many."""
+def keep_likeliest(tokens: Ints, masses: Floats, own_masses: Floats, size: int) -> int:
+    """Leave at most MOST candidates, and their masses; returns how many."""
     top = 0.0
     for k in range(size):
         top = max(top, masses[k])
@@ -107,8 +107,8 @@ def keep_likeliest(tokens: Ints, masses: Floats, size: int) -> int:
         least = min(1.5 * least, top) if num > MOST else least
     num = 0
     for k in range(size):
-        token, mass = tokens[k], masses[k]
-        tokens[num], masses[num] = token, mass
+        token, mass, own_mass = tokens[k], masses[k], own_masses[k]
+        tokens[num], masses[num], own_masses[num] = token, mass, own_mass
         num += mass >= least
     return min(num, MOST)
 

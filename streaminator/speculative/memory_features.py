@@ -168,13 +168,16 @@ def find_features(
     num_prompt: int,
     longest: int,
     tokens: Ints,
+    masses: NDArray[np.float64],
+    own_masses: NDArray[np.float64],
     size: int,
     numbers: NDArray[np.bool_],
     features: Rows,
 ) -> None:
     """Fill [size, NUM_FEATURES] with the weights' places of each candidate that may come next.
 
-    `longest` is the place of the own longest match.
+    `longest` is the place of the own longest match; `own_masses` is what `masses` were before the
+    shared tier added to them.
     """
     newest = length - 1
     last = np.int64(history[newest, _TEXT])
@@ -223,12 +226,14 @@ def find_features(
         if after_two >= 0:
             follows += 2 if token == after_two else 4
         times = num * 2 + is_said
+        own_share = own_masses[k] / masses[k]
+        whose = (own_share > 0) + (own_share >= 0.5) + (own_share >= 0.95)
         row = features[k]
         repeats = np.int64(row[0])
         row[0] = _place_of(_pair(0, role, token))
         row[1] = _place_of(_pair(1, behind, token))
         row[2] = _place_of(_pair(2, third, token))
-        row[3] = _place_of(_pair(3, longest, times))
+        row[3] = _place_of(_pair(3, longest, times * 4 + whose))
         row[4] = _place_of(_pair(4, role, old_role))
         row[5] = _place_of(_pair(5, last, distance))
         row[6] = _place_of(_pair(6, last, follows))

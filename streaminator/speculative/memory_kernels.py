@@ -40,7 +40,7 @@ from streaminator.speculative.memory_correction import (
     keep_likeliest,
 )
 from streaminator.speculative.memory_features import find_features, pop, push
-from streaminator.speculative.memory_mixing import Scratch, mix_tier
+from streaminator.speculative.memory_mixing import MAX_CANDIDATES, Scratch, mix_tier
 from streaminator.speculative.memory_noise import choose
 from streaminator.speculative.memory_rates import (
     KNOWN,
@@ -159,7 +159,7 @@ def draft(
         factor = max(factor, recency[age, 2])
     uses_recency = seen.shape[1] > 0
     keys, text, restore, survivals, starts, waiting, picks = chains
-    tokens, masses = scratch.tokens, scratch.masses
+    tokens, masses, own_masses = scratch.tokens, scratch.masses, scratch.own_masses
     scores = scratch.scores
     num_waiting = num
     for n in range(num):
@@ -191,6 +191,8 @@ def draft(
             if longest < NUM_CONTEXTS:
                 match = (NUM_CONTEXTS - longest) * MATCH_BINS + log_bin(count, MATCH_BINS)
             own_longest = longest
+            for index in range(MAX_CANDIDATES):
+                own_masses[index] = masses[index] if index < size else 0.0
             if use_shared and matters:
                 size, rest, _, longest, _ = mix_tier(
                     rows, tables[0], 1, keys[n], FIRST_SHARED, mixing, own_seen, clock, recency,
@@ -200,14 +202,14 @@ def draft(
                     match = min(NUM_CONTEXTS - longest, MATCH_BINS - 1)
             if size == 0:
                 continue
-            size = keep_likeliest(tokens, masses, size)
+            size = keep_likeliest(tokens, masses, own_masses, size)
             history, length = correction.histories[handle], state[LENGTH] + step
             # One alone keeps what it has.
             if size > 1:
                 features, logs = correction.features[step, handle], correction.logs[step, handle]
                 find_features(
-                    history, length, state[NUM_PROMPT], own_longest, tokens, size,
-                    correction.numbers, features,
+                    history, length, state[NUM_PROMPT], own_longest, tokens, masses, own_masses,
+                    size, correction.numbers, features,
                 )  # fmt: skip
                 correct(correction.weights, own_longest, masses, size, features, logs, scores[0])
             else:

@@ -66,6 +66,7 @@ class Scratch(NamedTuple):
     places: Ints
     estimates: Floats
     gradient: Floats
+    own_masses: Floats
 
 
 def new_scratch() -> Scratch:
@@ -84,6 +85,7 @@ def new_scratch() -> Scratch:
         places=np.empty((2 * NUM_CONTEXTS, 4), np.int64),
         estimates=np.empty((3, 2 * NUM_CONTEXTS + 1)),
         gradient=np.empty(NUM_AGES),
+        own_masses=np.empty(MAX_CANDIDATES),
     )
 
 
