@@ -4,7 +4,7 @@
 Shapes: T packed tokens (padded), B sequences of an attention group, Q queries per sequence
 (padded), M blocks per sequence (padded), L = M * block_size keys per sequence, R sampled rows.
 
-Used by: `engine.Engine` (makes it), `model_runner`, `attention`, `sampler`.
+Used by: `engine.Engine`, `step_costs` (make it), `model_runner`, `fused_model`, `attention`, `sampler`.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from streaminator.sequence import Sequence
 
 ROW_MULTIPLE = 8
 """Rows are padded so that element-wise kernels never meet a partial vector, and products never have
-very few rows: with either, a token's value would depend, in the last bit, on how many others are in
+very few rows (this project's own may, see `ModelRunner.row_multiple`): with either, a token's value would depend, in the last bit, on how many others are in
 the batch."""
 
 _ROOM = 2**17  # numbers of a step that go to a GPU in one copy

@@ -24,7 +24,7 @@ from streaminator.engine.fused_layers import (
     fuse_layers,
     is_near,
 )
-from streaminator.engine.kernels import Kernels, lines_of
+from streaminator.engine.kernels import KERNEL_ROW_MULTIPLE, Kernels, lines_of
 from streaminator.engine.kv_cache import KVCache
 from streaminator.engine.packed_linear import Packer
 
@@ -60,7 +60,7 @@ class FusedModel:
     @property
     def row_multiple(self) -> int:
         """Packed rows are padded to this many."""
-        return 4 if self._stack.is_one_call else ROW_MULTIPLE  # half a tile of `csrc/products.c`
+        return KERNEL_ROW_MULTIPLE if self._stack.is_one_call else ROW_MULTIPLE
 
     @property
     def vocab_size(self) -> int:

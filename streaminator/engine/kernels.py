@@ -20,6 +20,8 @@ from streaminator.engine.huge_pages import Pages
 
 BLOCK_SIZE = 16
 """Tokens of a KV block: the kernels read a block's keys as one vector."""
+KERNEL_ROW_MULTIPLE = 4
+"""Rows of half a tile of `csrc/products.c`: a step's are padded to a multiple."""
 _PANEL = 32
 """Outputs that a product's kernel computes together."""
 

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import torch
 
 from streaminator.engine.huge_pages import Pages
-from streaminator.engine.kernels import Kernels
+from streaminator.engine.kernels import KERNEL_ROW_MULTIPLE, Kernels
 
 _ROWS = (8, 16, 24, 32, 48, 64, 96, 136, 264)
 """Sizes of the batches that are tried."""
-_MORE_ROWS = (4, 12, 20)
-"""Of the kernels' products, too, which may have half a tile."""
+_MORE_ROWS = tuple(num * KERNEL_ROW_MULTIPLE for num in (1, 3, 5))
+"""And of the kernels' products."""
 _HINT = 16
 """Rows that oneDNN's layout is chosen for."""
 

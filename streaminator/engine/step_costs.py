@@ -63,33 +63,41 @@ def measure_step_costs(
     def step(num_tokens: int) -> float:
         return _step(runner, cache, sampling, num_tokens, stream_width, num_top, context)
 
-    multiple = runner.row_multiple
+    multiple = size = runner.row_multiple
     if not known:
-        step(multiple)  # the first one of all allocates and compiles
+        step(size)  # the first one of all allocates and compiles
     seconds: dict[int, float] = {}
     last = 0.0
-    for size in _sizes(stream_width, most, multiple):
-        if last >= _SLOW and size >= 2 * stream_width:
-            break
+    while not seconds or (size < 2 * most and (last < _SLOW or size < 2 * stream_width)):
         taken = known.get(size) or _try(step, size, is_needed=not seconds)
         if taken is None:
             break
         last = seconds[size] = taken
+        size *= 2
     _repeat(step, seconds, _REPEATS - 1, without=known)
-    # What a draft costs is the difference of two sizes that are close.
-    near = {n: s for n, s in seconds.items() if stream_width <= n < 2 * stream_width}
-    rounds = int(_QUIET / sum(near.values())) if near else 0
-    _repeat(step, near, min(rounds, _MOST_REPEATS), without=known)
-    seconds |= near
-    return StepCosts(list(seconds), list(seconds.values()), multiple=multiple)
-
-
-def _sizes(stream_width: int, most: int, multiple: int) -> list[int]:
-    """Twice as many each time; and the first few drafts of a full stream, which cost least or most."""
-    sizes = {multiple << power for power in range((2 * most // multiple).bit_length())}
     full = -(-stream_width // multiple) * multiple
-    sizes |= {full + num * multiple for num in (0, 1, 2, 4)}
-    return sorted(size for size in sizes if size < 2 * most)
+    near = [full + num * multiple for num in (0, 1, 2, 4)]
+    _measure_first_drafts(step, seconds, [size for size in near if size not in known])
+    sizes = sorted(seconds)
+    return StepCosts(sizes, [seconds[size] for size in sizes], multiple=multiple)
+
+
+def _measure_first_drafts(
+    step: Callable[[int], float], seconds: dict[int, float], near: list[int]
+) -> None:
+    """Add what a full stream's steps with a few drafts take, where steps are quick.
+
+    A draft's price is the difference of two sizes, here close ones; the first drafts may fill rows
+    that a step computes anyway.
+    """
+    near = [size for size in near if size < max(seconds)]
+    if not near or step(near[-1]) >= _SLOW / 4:
+        return
+    taken = {size: step(size) for size in near}
+    rounds = int(_QUIET / sum(taken.values()))
+    _repeat(step, taken, min(max(rounds, _REPEATS - 1), _MOST_REPEATS))
+    for size, least in taken.items():
+        seconds[size] = min(least, seconds.get(size, least))
 
 
 def measure_widths(

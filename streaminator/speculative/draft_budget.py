@@ -14,7 +14,7 @@ Invariants
 - Changes speed, never a token.
 - A step verifies at most as many drafts as the widest measured step had tokens.
 
-Used by: `engine.Engine`, `engine.step_costs`.
+Used by: `engine.Engine`, `engine.speculation`, `engine.step_costs`.
 """
 
 from bisect import bisect

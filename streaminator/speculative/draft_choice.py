@@ -31,8 +31,7 @@ def _best_of(
             cost += slope * (size - reach[segment])
         cost *= speed
         if n == 0:
-            first = most = cost
-            most = -most
+            first, most = cost, -cost
             continue
         total += worth[n - 1]
         if total - cost > most:

@@ -57,7 +57,7 @@ from streaminator.speculative.memory_texts import NOTHING, chunks, no_distributi
 _MIN_ROWS = 256
 _SHARED = 0
 _CHUNK = 512  # tokens learned between two looks at the room left
-_ROWS_PER_CONTEXT = (1, 1 + 2 / NUM_SHARED_CONTEXTS)  # its own, and its part of a record
+_ROWS_PER_CONTEXT = (1.0, 1 + 2 / NUM_SHARED_CONTEXTS)  # its own, and its part of a record
 
 
 class Drafts(NamedTuple):

@@ -6,14 +6,14 @@
 A log-linear model over the mixture's candidates (maximum entropy, Rosenfeld 1996; hashed features):
 a candidate's log mass gets a learned exponent by the longest match and a weight for each of its
 features. The features pair the candidate with the words before it, or say where in the text it stood
-last: how far back, after what, whether what stood there once before here was followed by it, and
-which of the latest numbers it would repeat.
+last: how far back, after what, how often, whether what stood there once before here was followed by
+it, and which of the latest numbers it would repeat; one says how much of its mass its own prompt gave.
 They do not name the candidate where they can do without: so what is learned ("behind `>>` comes what
 stood behind `=`") holds for numbers and names never seen. Weights climb the gradient of the
 log-likelihood under the model's distribution (AdaGrad, Duchi 2011), at each drafted token that the
 tokens drawn lead up to.
 
-Used by: `memory`, `memory_kernels`, `memory_learning`, `memory_mixing`.
+Used by: `memory`, `memory_kernels`, `memory_learning`.
 """
 
 import math

@@ -10,7 +10,7 @@ The text of a running sequence is its last tokens, one in each row of `history`:
     LINK    where the same token stood before (-1: nowhere), times 4; and how often by now, up to 3
     LAST    of the token whose id modulo the rows this is: 1 + where it stood last
 
-Used by: `memory`, `memory_correction`, `memory_kernels`, `memory_learning`, `memory_mixing`.
+Used by: `memory`, `memory_correction`, `memory_kernels`, `memory_learning`.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_rates import LENGTH, NUM_PROMPT
+from streaminator.speculative.memory_rates import LENGTH, NUM_PROMPT, Floats
 from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline
 from streaminator.speculative.memory_tables import is_number
 
@@ -168,8 +168,8 @@ def find_features(
     num_prompt: int,
     longest: int,
     tokens: Ints,
-    masses: NDArray[np.float64],
-    own_masses: NDArray[np.float64],
+    masses: Floats,
+    own_masses: Floats,
     size: int,
     numbers: NDArray[np.bool_],
     features: Rows,

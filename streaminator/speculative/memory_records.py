@@ -14,7 +14,7 @@ low bits of the total hold RECORDS and how many tokens the newest one has.
 
 An entry is a token (20 bits) and its probability (12 bits).
 
-Used by: `memory_tables`, `memory_kernels`, `memory_rates`.
+Used by: all compiled loops, `memory_*` and `draft_choice`.
 """
 
 from collections.abc import Callable

@@ -112,12 +112,21 @@ def test_what_is_drafted_follows_what_is_verified() -> None:
     assert dear.floor == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize("width", [1, 3, 5])
-def test_every_size_a_stream_may_need_is_measured(llama: ModelRunner, width: int) -> None:
+@pytest.mark.parametrize(("width", "most"), [(1, 8), (3, 8), (5, 8), (1, 1), (1, 3), (2, 1)])
+def test_every_size_a_stream_may_need_is_measured(
+    llama: ModelRunner, width: int, most: int
+) -> None:
     cache = llama.make_cache(EngineConfig(num_blocks=2), 16)
-    costs = measure_step_costs(llama, cache, FREE, stream_width=width, max_draft=8, num_top=4)
-    assert costs.max_tokens >= width * 9
-    assert all(costs(num) > 0 for num in range(1, width * 9))
+    costs = measure_step_costs(llama, cache, FREE, stream_width=width, max_draft=most, num_top=4)
+    assert costs.max_tokens >= width * (1 + most)
+    assert all(costs(num) > 0 for num in range(1, width * (1 + most)))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 0), (3, 2, 0), (0, 2, 4)])
+def test_without_drafts_nothing_is_verified(shape: tuple[int, ...]) -> None:
+    pays = DraftBudget(StepCosts(*MACHINE)).cut(np.zeros(shape, np.float32), 4, 3)
+    assert pays.shape == shape
+    assert not pays.any()
 
 
 def test_costs_decide_what_is_drafted_and_no_token(llama: ModelRunner) -> None:

@@ -80,6 +80,10 @@ def has_compiler() -> bool:
     return True
 
 
+def has_products() -> bool:
+    return kernels.Kernels(torch.float32).has_product(96, 96)
+
+
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="there is no C compiler")
 
 
@@ -94,6 +98,7 @@ def test_fused_layers_give_the_text_that_plain_ones_do(
     folder = save(tmp_path, FUSED[name], torch.float32)
     runner, plain = load(folder), load(folder, packed_linear=False)
     assert told(runner).endswith("layers are fused")
+    assert runner.row_multiple == (4 if all_in_one_call and has_products() else 8)
     fused, expected = sample(runner), sample(plain)
     assert tokens(fused) == tokens(expected)
     for key, completion in fused.items():
