@@ -26,6 +26,7 @@ _SLOW = 1.0  # seconds of a step: wider ones are not tried
 _REPEATS = 3
 _MOST_REPEATS = 10
 _QUIET = 0.5  # seconds for which quick steps are repeated
+_NEAR = 1 / 8  # of a full stream: closer sizes are not told apart
 _RISES = (
     1.25  # by which twice the width must have raised tokens per second for a slow one to be tried
 )
@@ -76,24 +77,28 @@ def measure_step_costs(
         size *= 2
     _repeat(step, seconds, _REPEATS - 1, without=known)
     full = -(-stream_width // multiple) * multiple
-    near = [full + num * multiple for num in (0, 1, 2, 4)]
-    _measure_first_drafts(step, seconds, [size for size in near if size not in known])
+    _measure_first_drafts(step, seconds, full, multiple, known)
     sizes = sorted(seconds)
     return StepCosts(sizes, [seconds[size] for size in sizes], multiple=multiple)
 
 
 def _measure_first_drafts(
-    step: Callable[[int], float], seconds: dict[int, float], near: list[int]
+    step: Callable[[int], float],
+    seconds: dict[int, float],
+    full: int,
+    multiple: int,
+    known: Container[int],
 ) -> None:
     """Add what a full stream's steps with a few drafts take, where steps are quick.
 
-    A draft's price is the difference of two sizes, here close ones; the first drafts may fill rows
-    that a step computes anyway.
+    A draft's price is the difference of two sizes. The first ones may fill rows that are computed
+    anyway; in wide streams they do not, and the difference of close sizes is mostly noise.
     """
-    near = [size for size in near if size < max(seconds)]
+    near = [full + num * multiple for num in (1, 2, 4)]
+    near = [size for size in near if size - full >= _NEAR * full and size < max(seconds)]
     if not near or step(near[-1]) >= _SLOW / 4:
         return
-    taken = {size: step(size) for size in near}
+    taken = {size: step(size) for size in (full, *near) if size not in known}
     rounds = int(_QUIET / sum(taken.values()))
     _repeat(step, taken, min(max(rounds, _REPEATS - 1), _MOST_REPEATS))
     for size, least in taken.items():
