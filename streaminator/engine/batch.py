@@ -18,8 +18,8 @@ from streaminator.sequence import Sequence
 
 ROW_MULTIPLE = 8
 """Rows are padded so that element-wise kernels never meet a partial vector, and products never have
-very few rows (this project's own may, see `ModelRunner.row_multiple`): with either, a token's value would depend, in the last bit, on how many others are in
-the batch."""
+very few rows (this project's own may, see `ModelRunner.row_multiple`): with either, a token's value
+would depend, in the last bit, on how many others are in the batch."""
 
 _ROOM = 2**17  # numbers of a step that go to a GPU in one copy
 _ALIGNMENT = 16  # numbers; Triton compiles anew for pointers that are not multiples of 16 bytes

@@ -138,13 +138,10 @@ class FusedStack:
     def __init__(self, layers: Sequence[FusedLayer]) -> None:
         self.layers = layers
         self.kernels = layers[0].kernels
+        self.is_one_call = all(layer.described is not None for layer in layers)
+        """Whether C goes through the layers; the weights' shapes decide."""
         self._described: Layers | None = None
         self._described_for: tuple[weakref.ref[KVCache], int] | None = None
-
-    @property
-    def is_one_call(self) -> bool:
-        """Whether C goes through the layers."""
-        return all(layer.described is not None for layer in self.layers)
 
     def pack(self) -> None:
         """Pack the weights as they are now."""

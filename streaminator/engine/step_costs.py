@@ -96,9 +96,12 @@ def _measure_first_drafts(
     """
     near = [full + num * multiple for num in (1, 2, 4)]
     near = [size for size in near if size - full >= _NEAR * full and size < max(seconds)]
-    if not near or step(near[-1]) >= _SLOW / 4:
+    if not near:
         return
-    taken = {size: step(size) for size in (full, *near) if size not in known}
+    taken = {near[-1]: step(near[-1])}
+    if taken[near[-1]] >= _SLOW / 4:
+        return
+    taken |= {size: step(size) for size in (full, *near[:-1]) if size not in known}
     rounds = int(_QUIET / sum(taken.values()))
     _repeat(step, taken, min(max(rounds, _REPEATS - 1), _MOST_REPEATS))
     for size, least in taken.items():

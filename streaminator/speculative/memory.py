@@ -37,6 +37,7 @@ from streaminator.speculative import memory_rates as rates
 from streaminator.speculative.arena import Arena
 from streaminator.speculative.memory_correction import Correction
 from streaminator.speculative.memory_features import MAX_DRAFT, begin
+from streaminator.speculative.memory_growth import find_full, rebuild
 from streaminator.speculative.memory_mixing import new_scratch
 from streaminator.speculative.memory_tables import (
     CLOCK,
@@ -49,8 +50,6 @@ from streaminator.speculative.memory_tables import (
     USED_OVERFLOW,
     USED_SLOTS,
     Ints,
-    find_full,
-    rebuild,
 )
 from streaminator.speculative.memory_texts import NOTHING, chunks, no_distributions, steps
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # In compiled code the integers of Python and numpy are one.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
-"""Compiled tables of counted contexts: look up, count, rebuild.
+"""Compiled tables of counted contexts: look up and count.
 
 A table is a range of 32-byte rows of one arena. The first part is an open-addressing hash table
 of contexts, the second holds overflow rows, and records of distributions.
@@ -14,7 +14,7 @@ low bits hold how many different continuations there are. From the first distrib
 row has cells instead (`memory_records`). Row numbers inside a table count from its start, so a
 table can be moved.
 
-Used by: `memory_kernels`, `memory`.
+Used by: `memory_growth` (moves them), all other loops of the memory, `memory`.
 """
 
 import numpy as np
@@ -22,15 +22,12 @@ from numpy.typing import NDArray
 
 from streaminator.speculative.memory_records import (
     EMPTY,
-    NUM_CELLS,
     RECORDS,
     Ints,
     Rows,
     jit,
-    jit_allocating,
     jit_inline,
     mass_in_cell,
-    num_rows_of,
     prefetch,
     push_cell,
     share_in_cells,
@@ -129,7 +126,8 @@ def _digest(key: int) -> int:
 
 
 @jit_inline
-def _home(check: int, table: Ints) -> int:
+def home_of(check: int, table: Ints) -> int:
+    """Where a context's row is looked for first."""
     return np.int64((np.uint64(np.uint32(check)) * np.uint64(table[NUM_SLOTS])) >> _SHIFT32)
 
 
@@ -137,7 +135,7 @@ def _home(check: int, table: Ints) -> int:
 def find(rows: Rows, table: Ints, key: int) -> int:
     """Row of a context; -1 - row of the empty slot where it would go."""
     check = np.int32(key)
-    slot = _home(check, table)
+    slot = home_of(check, table)
     while True:
         row = table[START] + slot
         there = rows[row, 0]
@@ -156,9 +154,9 @@ def fetch_rows(
 ) -> None:
     """Have the processor fetch the rows where contexts are looked up soon."""
     for place in range(first if own[NUM_SLOTS] > 0 else NUM_CONTEXTS, NUM_CONTEXTS):
-        prefetch(rows, own[START] + _home(np.int32(keys[place]), own))
+        prefetch(rows, own[START] + home_of(np.int32(keys[place]), own))
     for place in range(FIRST_SHARED if use_shared else NUM_CONTEXTS, NUM_CONTEXTS):
-        prefetch(rows, shared[START] + _home(np.int32(keys[place]), shared))
+        prefetch(rows, shared[START] + home_of(np.int32(keys[place]), shared))
 
 
 @jit
@@ -319,85 +317,3 @@ def _knows(rows: Rows, table: Ints, row: int, token: int) -> bool:
     if np.int64(rows[row, 1]) & RECORDS:
         return mass_in_cell(rows, table[START], np.int64(rows[row, 2]), token) >= _FORETOLD
     return _weight_of(rows, table, row, token) > 0
-
-
-@jit_allocating
-def find_full(
-    tables: Ints, owners: Ints, lengths: Ints, rows_per_context: float, use_shared: bool
-) -> tuple[Ints, Ints]:
-    """Tables that might not hold `lengths[i]` more tokens of table `owners[i]`, each.
-
-    Returns: the prompts' tables in order, then 0, the shared one; and how many contexts each is to get.
-    """
-    coming = np.zeros(len(tables), np.int64)
-    for index in range(len(owners)):
-        coming[owners[index]] += lengths[index] * NUM_CONTEXTS
-        if use_shared:
-            coming[0] += lengths[index] * NUM_SHARED_CONTEXTS
-    full = np.empty(len(tables), np.int64)
-    size = 0
-    for index in range(1, len(tables) + 1):
-        number = index % len(tables)
-        table, num = tables[number], coming[number]
-        slots, overflow = table[NUM_SLOTS], table[NUM_ROWS] - table[NUM_SLOTS]
-        # A full list only forgets its least token: overflow may run short, slots may not.
-        is_full = table[USED_SLOTS] + num > 0.8 * slots
-        is_full |= table[USED_OVERFLOW] + num * (rows_per_context - 1) > 0.95 * overflow
-        if is_full and num > 0 and slots > 0:
-            full[size] = number
-            size += 1
-    return full[:size], coming[full[:size]]
-
-
-@jit_allocating
-def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
-    """Copy the contexts touched at `oldest` or later into an empty, zeroed table."""
-    new[CLOCK] = old[CLOCK]
-    moved = np.full(old[USED_OVERFLOW], -1)
-    for slot in range(old[NUM_SLOTS]):
-        source = old[START] + slot
-        check = rows[source, 0]
-        if check == 0 or rows[source, 7] < oldest:
-            continue
-        place = _home(check, new)
-        while rows[new[START] + place, 0] != 0:
-            place = place + 1 if place + 1 < new[NUM_SLOTS] else 0
-        target = new[START] + place
-        rows[target] = rows[source]
-        new[USED_SLOTS] += 1
-        if np.int64(rows[source, 1]) & RECORDS:
-            _move_records(rows, old, new, target, moved)
-            continue
-        at = np.int64(rows[source, 6])
-        while at >= 0:
-            free = new[NUM_SLOTS] + new[USED_OVERFLOW]
-            if free == new[NUM_ROWS]:
-                rows[target, 6] = -1  # its number of continuations stays as it was: near enough
-                break
-            new[USED_OVERFLOW] += 1
-            rows[target, 6] = free
-            target = new[START] + free
-            rows[target] = rows[old[START] + at]
-            at = np.int64(rows[target, 6])
-
-
-@jit_allocating
-def _move_records(rows: Rows, old: Ints, new: Ints, row: int, moved: Ints) -> None:
-    """Copy what a row's cells point to, unless another row's did before."""
-    for column in range(2, 2 + NUM_CELLS):
-        cell = np.int64(rows[row, column])
-        if cell >= EMPTY:
-            continue
-        index = -2 - cell - old[NUM_SLOTS]
-        if moved[index] < 0:
-            source = old[START] - 2 - cell
-            num_rows = num_rows_of(rows[source, 0])
-            free = new[NUM_SLOTS] + new[USED_OVERFLOW]
-            if free + num_rows > new[NUM_ROWS]:
-                rows[row, column] = np.int64(np.uint32(rows[source, 1])) >> 12
-                continue
-            new[USED_OVERFLOW] += num_rows
-            for n in range(num_rows):
-                rows[new[START] + free + n] = rows[source + n]
-            moved[index] = free
-        rows[row, column] = -2 - moved[index]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the memory drafts of its own text's making: copies, and words around other numbers."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from streaminator.speculative.memory import Memory
@@ -20,6 +22,17 @@ def hits(memory: Memory, prompt_id: str, prompt: list[int], text: list[int]) -> 
     return right
 
 
+def new_prompts(
+    memory: Memory, rng: np.random.Generator, num: int
+) -> Iterator[tuple[str, list[int]]]:
+    """Prompts of other words each, open while they are in use."""
+    for index in range(num):
+        prompt = rng.integers(100, 140, 8).tolist()
+        memory.open(str(index), prompt, ())
+        yield str(index), prompt
+        memory.close(str(index))
+
+
 def copying(rng: np.random.Generator) -> list[int]:
     """`= x >> x` with other words between and behind."""
     x = int(rng.integers(100, 140))
@@ -30,11 +43,8 @@ def test_what_is_copied_is_learned_across_prompts():
     rng = np.random.default_rng(0)
     memory = Memory(max_bytes=SMALL, min_survival=0)
     rates = []
-    for index in range(400):
-        prompt = rng.integers(100, 140, 8).tolist()
-        memory.open(str(index), prompt, ())
-        rates.append(hits(memory, str(index), prompt, copying(rng))[6])
-        memory.close(str(index))
+    for prompt_id, prompt in new_prompts(memory, rng, 400):
+        rates.append(hits(memory, prompt_id, prompt, copying(rng))[6])
     assert np.mean(rates[:40]) < 0.4
     assert np.mean(rates[-100:]) > 0.6
 
@@ -43,10 +53,8 @@ def test_what_is_always_drafted_late_is_learned_too():
     rng = np.random.default_rng(0)
     memory = Memory(max_bytes=SMALL, min_survival=0)
     rates = []
-    for index in range(200):
-        prompt = rng.integers(100, 140, 8).tolist()
-        memory.open(str(index), prompt, ())
-        handle = np.array([memory.start(str(index), prompt, 0)])
+    for prompt_id, prompt in new_prompts(memory, rng, 200):
+        handle = np.array([memory.start(prompt_id, prompt, 0)])
         x, other = int(rng.integers(100, 112)), int(rng.integers(1000, 3000))
         text = [1, x, other, 2, 3, 4, x]
         for first, end in ((0, 4), (4, 7)):
@@ -55,7 +63,6 @@ def test_what_is_always_drafted_late_is_learned_too():
                 rates.append(drafts.tokens[0, 0].tolist() == text[4:])
             memory.commit(handle, np.array(text[first:end]), np.array([end - first]))
         memory.finish(int(handle[0]))
-        memory.close(str(index))
     assert np.mean(rates[-100:]) > 0.9
 
 

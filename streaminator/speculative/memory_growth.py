@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+# In compiled code the integers of Python and numpy are one.
+# pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
+"""Compiled: which of the memory's tables are full, and moving one to another range of rows.
+
+Used by: `memory`.
+"""
+
+import numpy as np
+
+from streaminator.speculative.memory_records import (
+    EMPTY,
+    NUM_CELLS,
+    RECORDS,
+    Ints,
+    Rows,
+    jit_allocating,
+    num_rows_of,
+)
+from streaminator.speculative.memory_tables import (
+    CLOCK,
+    NUM_CONTEXTS,
+    NUM_ROWS,
+    NUM_SHARED_CONTEXTS,
+    NUM_SLOTS,
+    START,
+    USED_OVERFLOW,
+    USED_SLOTS,
+    home_of,
+)
+
+
+@jit_allocating
+def find_full(
+    tables: Ints, owners: Ints, lengths: Ints, rows_per_context: float, use_shared: bool
+) -> tuple[Ints, Ints]:
+    """Tables that might not hold `lengths[i]` more tokens of table `owners[i]`, each.
+
+    Returns: the prompts' tables in order, then 0, the shared one; and how many contexts each is to get.
+    """
+    coming = np.zeros(len(tables), np.int64)
+    for index in range(len(owners)):
+        coming[owners[index]] += lengths[index] * NUM_CONTEXTS
+        if use_shared:
+            coming[0] += lengths[index] * NUM_SHARED_CONTEXTS
+    full = np.empty(len(tables), np.int64)
+    size = 0
+    for index in range(1, len(tables) + 1):
+        number = index % len(tables)
+        table, num = tables[number], coming[number]
+        slots, overflow = table[NUM_SLOTS], table[NUM_ROWS] - table[NUM_SLOTS]
+        # A full list only forgets its least token: overflow may run short, slots may not.
+        is_full = table[USED_SLOTS] + num > 0.8 * slots
+        is_full |= table[USED_OVERFLOW] + num * (rows_per_context - 1) > 0.95 * overflow
+        if is_full and num > 0 and slots > 0:
+            full[size] = number
+            size += 1
+    return full[:size], coming[full[:size]]
+
+
+@jit_allocating
+def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
+    """Copy the contexts touched at `oldest` or later into an empty, zeroed table."""
+    new[CLOCK] = old[CLOCK]
+    moved = np.full(old[USED_OVERFLOW], -1)
+    for slot in range(old[NUM_SLOTS]):
+        source = old[START] + slot
+        check = rows[source, 0]
+        if check == 0 or rows[source, 7] < oldest:
+            continue
+        place = home_of(check, new)
+        while rows[new[START] + place, 0] != 0:
+            place = place + 1 if place + 1 < new[NUM_SLOTS] else 0
+        target = new[START] + place
+        rows[target] = rows[source]
+        new[USED_SLOTS] += 1
+        if np.int64(rows[source, 1]) & RECORDS:
+            _move_records(rows, old, new, target, moved)
+            continue
+        at = np.int64(rows[source, 6])
+        while at >= 0:
+            free = new[NUM_SLOTS] + new[USED_OVERFLOW]
+            if free == new[NUM_ROWS]:
+                rows[target, 6] = -1  # its number of continuations stays as it was: near enough
+                break
+            new[USED_OVERFLOW] += 1
+            rows[target, 6] = free
+            target = new[START] + free
+            rows[target] = rows[old[START] + at]
+            at = np.int64(rows[target, 6])
+
+
+@jit_allocating
+def _move_records(rows: Rows, old: Ints, new: Ints, row: int, moved: Ints) -> None:
+    """Copy what a row's cells point to, unless another row's did before."""
+    for column in range(2, 2 + NUM_CELLS):
+        cell = np.int64(rows[row, column])
+        if cell >= EMPTY:
+            continue
+        index = -2 - cell - old[NUM_SLOTS]
+        if moved[index] < 0:
+            source = old[START] - 2 - cell
+            num_rows = num_rows_of(rows[source, 0])
+            free = new[NUM_SLOTS] + new[USED_OVERFLOW]
+            if free + num_rows > new[NUM_ROWS]:
+                rows[row, column] = np.int64(np.uint32(rows[source, 1])) >> 12
+                continue
+            new[USED_OVERFLOW] += num_rows
+            for n in range(num_rows):
+                rows[new[START] + free + n] = rows[source + n]
+            moved[index] = free
+        rows[row, column] = -2 - moved[index]
