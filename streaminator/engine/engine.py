@@ -110,13 +110,12 @@ class Engine:
             )
             engine = replace(engine, stream_width=self.stream_width)
         self._config = engine
-        cache = runner.make_cache(engine, self._max_length)
         if self._speculation.has_budget:
             self._speculation.budget = DraftBudget(
                 step_costs
                 or measure_step_costs(
                     runner,
-                    cache,
+                    engine,
                     sampling,
                     stream_width=self.stream_width,
                     max_draft=speculator.max_draft,
@@ -124,6 +123,7 @@ class Engine:
                     plain=plain,
                 )
             )
+        cache = runner.make_cache(engine, self._max_length)
         self.scheduler = Scheduler(
             BlockManager(cache.num_blocks, cache.block_size),
             stream_width=self.stream_width,
@@ -228,8 +228,9 @@ class Engine:
         decoded = [verdict.sequence for verdict in verdicts if verdict.drawn]
         num_accepted = sum(sequence.accepted[-1] for sequence in decoded)
         self._speculation.observe_step(
-            batch.num_tokens, batch.num_tokens - len(tokens), num_new, num_accepted, clock.total
-        )
+            batch.num_tokens, batch.num_tokens - len(tokens), num_new, num_accepted, clock.total,
+            clock.seconds["seconds_draft"],
+        )  # fmt: skip
         self.last_step = StepStats(
             time=time.time(),
             num_running=running,

@@ -79,7 +79,7 @@ class Speculation:
         """
         for sequence in sequences:
             sequence.draft, sequence.alternatives = [], {}
-        if not self._is_on:
+        if not self._is_on or (self.budget and self.budget.rests()):
             return [], None
         drafting = [s for s in sequences if s.is_sampled and s.may_draft]
         # The step adds one token more than it accepts.
@@ -134,10 +134,13 @@ class Speculation:
         gained: int,
         num_accepted: int,
         seconds: float,
+        draft_seconds: float,
     ) -> None:
         """Learn what a step cost and brought; see `DraftBudget.observe`."""
         if self.budget:
-            self.budget.observe(num_tokens, num_prefill_tokens, gained, num_accepted, seconds)
+            self.budget.observe(
+                num_tokens, num_prefill_tokens, gained, num_accepted, seconds, draft_seconds
+            )
 
     def finish(self, sequence: Sequence, *, has_failed: bool) -> None:
         """A completion has ended."""

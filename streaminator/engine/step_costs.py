@@ -6,13 +6,14 @@ Used by: `engine.Engine`, for the draft budget; `engine.stream_width`.
 
 import time
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 
 import torch
 
-from streaminator.config import SamplingParams
+from streaminator.config import EngineConfig, SamplingParams
 from streaminator.engine.batch import ROW_MULTIPLE, pack
-from streaminator.engine.kv_cache import KVCache
+from streaminator.engine.kv_cache import KVCache, bytes_per_block
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.sampler import sample
 from streaminator.sequence import Prompt, Sequence
@@ -22,6 +23,7 @@ _CONTEXT = (
     128  # tokens before the measured ones where none are given; others are learned while running
 )
 _MAX_TOKENS = 512
+_MOST_KEYS = 256 << 20  # bytes of keys and values to read: more than a processor's caches hold
 _SLOW = 1.0  # seconds of a step: wider ones are not tried
 _REPEATS = 3
 _MOST_REPEATS = 10
@@ -44,7 +46,7 @@ class PlainSteps:
 
 def measure_step_costs(
     runner: ModelRunner,
-    cache: KVCache,
+    config: EngineConfig,
     sampling: SamplingParams,
     *,
     stream_width: int,
@@ -54,12 +56,13 @@ def measure_step_costs(
 ) -> StepCosts:
     """Run steps of made-up tokens, each size a few times, in turn; the least time counts.
 
-    The cache's blocks must not be in use yet. What `plain` tells is not measured again.
+    What `plain` tells is not measured again.
     """
     known = {n: s for n, s in plain.seconds.items() if n <= stream_width} if plain else {}
     context = plain.context if plain else _CONTEXT
     most = stream_width * min(1 + max_draft, runner.max_model_len or _MAX_TOKENS)
     most = max(min(most, _MAX_TOKENS), min(most, 2 * stream_width))
+    cache = _make_cache(runner, config, stream_width, context)
 
     def step(num_tokens: int) -> float:
         return _step(runner, cache, sampling, num_tokens, stream_width, num_top, context)
@@ -110,7 +113,7 @@ def _measure_first_drafts(
 
 def measure_widths(
     runner: ModelRunner,
-    cache: KVCache,
+    config: EngineConfig,
     sampling: SamplingParams,
     *,
     most: int,
@@ -122,6 +125,7 @@ def measure_widths(
     No wider one is tried after one that is slow and hardly brings more tokens per second, or where
     memory runs out.
     """
+    cache = _make_cache(runner, config, most, context)
 
     def step(width: int) -> float:
         return _step(runner, cache, sampling, width, width, num_top, context)
@@ -142,6 +146,20 @@ def measure_widths(
     rounds = int(_QUIET / sum(seconds.values()))
     _repeat(step, seconds, min(max(rounds, _REPEATS - 1), _MOST_REPEATS))
     return PlainSteps(context, seconds)
+
+
+def _make_cache(
+    runner: ModelRunner, config: EngineConfig, stream_width: int, context: int
+) -> KVCache:
+    """Blocks for made-up steps to read: of a full stream, or as many as no processor's caches hold."""
+    per_block = bytes_per_block(runner.shapes, config.block_size, runner.dtype)
+    per_sequence = 1 + -(-context // config.block_size)
+    room = runner.num_blocks(replace(config, stream_width=stream_width), context) - 1
+    num = max(min(stream_width * per_sequence, room, _MOST_KEYS // per_block), 1)
+    cache = runner.make_cache(replace(config, num_blocks=1 + num, kv_memory=None), context)
+    # The system gives no memory before it is written to.
+    cache.clear(list(range(1, 1 + num)))
+    return cache
 
 
 def _try(step: Callable[[int], float], size: int, *, is_needed: bool) -> float | None:
@@ -184,19 +202,20 @@ def _step(
     lengths = [num_tokens // width + (i < num_tokens % width) for i in range(width)]
     limit = (runner.max_model_len or context + _MAX_TOKENS) - max(lengths)
     context = max(min(context, limit), 1)
-    # All share their blocks, and use them again where there are few: what is written is not read.
+    # Each has blocks of its own, as far as there are; what is written to them is not read.
     num_blocks = -(-(context + max(lengths)) // cache.block_size)
-    blocks = [1 + i % (cache.num_blocks - 1) for i in range(num_blocks)]
+    blocks = cycle(range(1, cache.num_blocks))
+    tables = [list(islice(blocks, num_blocks)) for _ in lengths]
     prompt = Prompt(prompt_id="", token_ids=(0,) * context, text="", question="")
     sequences = [
         Sequence(
             prompt, 0, [0] * context, 0, 0, 0.0,
-            block_table=blocks,
+            block_table=table,
             num_cached_tokens=context - 1,
             num_scheduled_tokens=1,
             draft=[0] * (length - 1),
         )
-        for length in lengths
+        for table, length in zip(tables, lengths, strict=True)
     ]  # fmt: skip
     runner.synchronize()
     start = time.perf_counter()

@@ -17,7 +17,6 @@ Used by: `engine.Engine`.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from streaminator.config import EngineConfig, SamplingParams
 from streaminator.engine.batch import ROW_MULTIPLE
@@ -62,9 +61,7 @@ def find_stream_width(
     most = max(min(most, runner.num_fitting(config, length)), 1)
     if most <= ROW_MULTIPLE:
         return most, None  # steps of so few rows take about as long as one of 1
-    num_blocks = 2 + -(-length // config.block_size)
-    cache = runner.make_cache(replace(config, num_blocks=num_blocks, kv_memory=None), length)
-    plain = measure_widths(runner, cache, sampling, most=most, context=length, num_top=num_top)
+    plain = measure_widths(runner, config, sampling, most=most, context=length, num_top=num_top)
     return narrowest_fast(plain.seconds), plain
 
 

@@ -10,6 +10,9 @@ long, a stream that fills the hardware hardly at all, without a setting.
 Chances are taken times the share of what was expected of verified drafts that came true lately: those
 that are chosen are more often overrated than underrated (the optimizer's curse, Smith and Winkler 2006).
 
+Drafting takes time, too. Where it lately brought less than that, the next step does without, then two,
+four, up to `_LONGEST_REST`, as long as the draft in between says the same.
+
 Invariants
 - Changes speed, never a token.
 - A step verifies at most as many drafts as the widest measured step had tokens.
@@ -25,11 +28,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 _RATE = 0.1  # of what a step took more or less than predicted is believed
+_OWN = 0.1  # of that only where the step's size is
 _DECAY = 0.98  # of the counts that speed is computed from, per step
 _SURPRISE = 0.5  # no step is believed to differ more than this share from its prediction
 _DOUBT = 4.0  # accepted tokens, as expected, that are supposed to have been seen before
+_FEW = 1 / 8  # of a step's tokens may be a prompt's where its cost counts
 _FAR = 1000.0  # times the largest size measured
 _MIN_FLOOR, _MAX_FLOOR = 0.02, 0.9
+_LONGEST_REST = 16  # steps without a draft
+_FORGET = 0.8  # of what drafts brought and took, per drafting step
 
 
 class StepCosts:
@@ -46,7 +53,8 @@ class StepCosts:
     ) -> None:
         self._sizes = [float(size) for size in sizes]
         self._seconds = [float(taken) for taken in seconds]
-        self._is_fixed = False
+        self.are_free = False
+        """Whether a wider forward costs nothing, whatever is observed."""
         self.multiple = multiple
         """Packed tokens are padded to this many."""
         # Beyond the largest size it goes on as it did between the last two.
@@ -67,7 +75,7 @@ class StepCosts:
     def free(cls) -> "StepCosts":
         """A wider forward costs nothing, whatever is observed: every draft is verified."""
         costs = cls([1, 1 << 20], [1.0, 1.0])
-        costs._is_fixed = True
+        costs.are_free = True
         return costs
 
     @property
@@ -81,8 +89,8 @@ class StepCosts:
         return float(np.interp(padded, self.reach, self.rising))
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """Learn from a step: half of the surprise is everywhere's, half its neighbours'."""
-        if self._is_fixed:
+        """Learn from a step: a little of the surprise is its neighbours', the rest everywhere's."""
+        if self.are_free:
             return
         surprise = seconds / self(num_tokens) - 1
         factor = 1 + _RATE * min(max(surprise, -_SURPRISE), _SURPRISE)
@@ -94,9 +102,10 @@ class StepCosts:
             at = float(place)
         else:
             at = place + (num_tokens - sizes[place]) / (sizes[place + 1] - sizes[place])
-        # As a factor: most of what changes while running is how fast the machine is.
+        # As a factor: most of what changes while running is how fast the machine is. Sizes that no
+        # step has now must follow, or they would look dear as soon as it is faster.
         self._seconds = [
-            taken * factor ** (0.5 + 0.5 * max(1 - abs(index - at), 0))
+            taken * factor ** (1 - _OWN + _OWN * max(1 - abs(index - at), 0))
             for index, taken in enumerate(self._seconds)
         ]
         self.rising = self._rise()
@@ -117,6 +126,8 @@ class DraftBudget:
         self._seconds = 0.0
         self._expected = self._accepted = 0.0
         self._expects = 0.0
+        self._gained = self._spent = 0.0
+        self._rest = self._num_rested = 0
         # What is compiled is compiled now, or loaded, not while a step is measured.
         self.cut(np.zeros((1, 2, 1), np.float32), 1, 1)
 
@@ -124,6 +135,11 @@ class DraftBudget:
     def trust(self) -> float:
         """Share of what was expected of verified drafts that came true lately."""
         return (self._accepted + _DOUBT) / (self._expected + _DOUBT)
+
+    def rests(self) -> bool:
+        """Whether the next step had better not draft, because it would not pay for the time it takes."""
+        self._num_rested += 1
+        return self._num_rested <= self._rest
 
     def cut(self, survival: NDArray[np.float32], num_tokens: int, num: int) -> NDArray[np.bool_]:
         """Which drafted tokens to verify.
@@ -139,13 +155,14 @@ class DraftBudget:
         """
         costs = self.costs
         speed = self._tokens / self._seconds if self._seconds else num / costs(num_tokens)
-        pays, self._expects, least, wants_all = self._choose(
+        pays, self._expects, least, wants_all, gain = self._choose(
             np.ascontiguousarray(survival), min(self.trust, 1.0), speed,
             costs.reach, costs.rising, costs.multiple, num_tokens, costs.max_tokens,
         )  # fmt: skip
         # Draft a little more than is verified, so that what would pay is seen.
         floor = 0.5 * (self.floor if wants_all else least)
         self.floor = min(max(floor, _MIN_FLOOR), _MAX_FLOOR)
+        self._gained = _FORGET * self._gained + gain / speed
         return pays
 
     def observe(
@@ -155,6 +172,7 @@ class DraftBudget:
         gained: int,
         num_accepted: int,
         seconds: float,
+        draft_seconds: float,
     ) -> None:
         """Learn from a step.
 
@@ -164,11 +182,25 @@ class DraftBudget:
             gained: tokens added to completions.
             num_accepted: of the drafted tokens, second choices included.
             seconds: the whole step.
+            draft_seconds: of them, what drafting took.
         """
         self._expected = _DECAY * self._expected + self._expects
         self._accepted = _DECAY * self._accepted + num_accepted
         self._expects = 0.0
-        self.costs.observe(num_tokens, seconds)
+        # A prompt's tokens cost otherwise than sampled ones, and would make all of these look dear.
+        if num_prefill_tokens <= _FEW * num_tokens:
+            self.costs.observe(num_tokens, seconds - draft_seconds)
         decode = self.costs(max(num_tokens - num_prefill_tokens, 1))
         self._tokens = _DECAY * self._tokens + gained
-        self._seconds = _DECAY * self._seconds + decode
+        self._seconds = _DECAY * self._seconds + decode + draft_seconds
+        if self._num_rested > self._rest:
+            self._plan_rest(draft_seconds)
+
+    def _plan_rest(self, draft_seconds: float) -> None:
+        """After a step that drafted: how many do without now."""
+        self._spent = _FORGET * self._spent + draft_seconds
+        self._num_rested = 0
+        if self._gained >= self._spent or self.costs.are_free:
+            self._rest = 0
+        else:
+            self._rest = min(max(2 * self._rest, 1), _LONGEST_REST)

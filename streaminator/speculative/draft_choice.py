@@ -17,8 +17,8 @@ Floats = NDArray[np.float64]
 @jit
 def _best_of(
     worth: Floats, num: int, speed: float, reach: Floats, rising: Floats, multiple: int, start: int
-) -> tuple[int, float]:
-    """Of how many the sum of falling worth exceeds the price most, and the price of these."""
+) -> tuple[int, float, float]:
+    """Of how many the sum of falling worth exceeds the price most, the price of these, and the gain."""
     segment = 0
     best, most, total, first, price = 0, 0.0, 0.0, 0.0, 0.0
     for n in range(num + 1):
@@ -36,7 +36,7 @@ def _best_of(
         total += worth[n - 1]
         if total - cost > most:
             best, most, price = n, total - cost, cost - first
-    return best, price
+    return best, price, most + first
 
 
 @jit_allocating
@@ -49,7 +49,7 @@ def choose(
     multiple: int,
     num_tokens: int,
     max_tokens: int,
-) -> tuple[NDArray[np.bool_], float, float, bool]:
+) -> tuple[NDArray[np.bool_], float, float, bool, float]:
     """Choose what to verify; see `draft_budget`.
 
     Args:
@@ -64,7 +64,8 @@ def choose(
 
     Returns:
         [n, 2, k] what pays; the sum of its survival; the least survival of it (if none pays, the
-        greatest there is); whether all that there is pays.
+        greatest there is); whether all that there is pays; by how many tokens what it brings exceeds
+        its price.
     """
     k = survival.shape[2]
     flat = survival.ravel()
@@ -77,7 +78,7 @@ def choose(
     # Worth never rises along a chain nor from it to the side, and the sort is stable.
     order = np.argsort(falling, kind="mergesort")
     worth = -falling[order]
-    best, price = _best_of(worth, num, speed, reach, rising, multiple, num_tokens)
+    best, price, gain = _best_of(worth, num, speed, reach, rising, multiple, num_tokens)
     if price > 0:
         # A second choice that is right is computed once more, in the next step.
         share = max(1 - price / best, 0.0)
@@ -86,7 +87,7 @@ def choose(
                 falling[index] *= share
         order = np.argsort(falling, kind="mergesort")
         worth = -falling[order]
-        best, price = _best_of(worth, num, speed, reach, rising, multiple, num_tokens)
+        best, price, gain = _best_of(worth, num, speed, reach, rising, multiple, num_tokens)
     expects = 0.0
     for index in range(best):
         place = places[order[index]]
@@ -95,4 +96,4 @@ def choose(
     least = 0.0
     if num:
         least = np.float64(flat[places[order[max(best - 1, 0)]]])
-    return pays.reshape(survival.shape), expects, least, best == num
+    return pays.reshape(survival.shape), expects, least, best == num, gain

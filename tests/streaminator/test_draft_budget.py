@@ -84,10 +84,59 @@ def test_what_steps_really_cost_is_learned() -> None:
     budget = DraftBudget(StepCosts([8, 16, 32], [1.0, 1.0, 1.0]))
     survival = chains(*[[0.3]] * 8)
     assert budget.cut(survival, 8, 8).sum() == 8
-    for _ in range(200):
-        budget.observe(8, 0, 8, 0, 1.0)
-        budget.observe(16, 0, 9, 1, 2.0)
+    for _ in range(800):
+        budget.observe(8, 0, 8, 0, 1.0, 0.0)
+        budget.observe(16, 0, 9, 1, 2.0, 0.0)
     assert budget.cut(survival, 8, 8).sum() == 0
+
+
+def test_a_faster_machine_is_no_reason_to_draft_more() -> None:
+    """Steps of one size only tell how fast the machine is, not what a wider step costs more."""
+    costs = StepCosts([8, 16], [1.0, 1.5])
+    for _ in range(100):
+        costs.observe(16, 0.75)
+    assert costs(16) == pytest.approx(0.75, rel=0.02)
+    assert costs(8) == pytest.approx(0.5, rel=0.1)
+
+
+def test_the_tokens_of_prompts_do_not_make_drafts_dear() -> None:
+    budget = DraftBudget(StepCosts([8, 16, 128], [1.0, 1.1, 8.0]))
+    for _ in range(100):
+        budget.observe(128, 112, 16, 0, 80.0, 0.0)
+    assert budget.costs(16) - budget.costs(8) == pytest.approx(0.1)
+
+
+def steps_that_draft(budget: DraftBudget, chance: float, num_steps: int) -> list[bool]:
+    """Run steps of 8 sequences with a draft of one token each, for which drafting takes 0.1 s."""
+    drafted = []
+    for _ in range(num_steps):
+        drafts = not budget.rests()
+        num = 8 * budget.cut(chains(*[[chance]] * 8), 8, 8).any() if drafts else 0
+        gained = 8 + chance * num
+        budget.observe(
+            8 + num, 0, gained, chance * num, budget.costs(8 + num) + 0.1 * drafts, 0.1 * drafts
+        )
+        drafted.append(drafts)
+    return drafted
+
+
+def test_drafting_that_does_not_pay_for_its_time_is_left_out() -> None:
+    def costs() -> StepCosts:
+        return StepCosts([8, 16], [1.0, 1.5])
+
+    # One drafted token costs 1/16 s, one token as it is 1/8 s.
+    assert all(steps_that_draft(DraftBudget(costs()), 0.9, 100))
+    never = steps_that_draft(DraftBudget(costs()), 0.1, 200)
+    assert 5 < sum(never) < 20, "now and then it looks whether that has changed"
+    hardly = steps_that_draft(DraftBudget(costs()), 0.52, 200)
+    assert sum(hardly) < 20, "what it brings is less than the time it takes"
+
+
+def test_drafting_begins_again_when_it_pays() -> None:
+    budget = DraftBudget(StepCosts([8, 16], [1.0, 1.5]))
+    steps_that_draft(budget, 0.1, 100)
+    again = steps_that_draft(budget, 0.9, 100)
+    assert all(again[-50:])
 
 
 def test_one_outlier_hardly_counts() -> None:
@@ -116,8 +165,8 @@ def test_what_is_drafted_follows_what_is_verified() -> None:
 def test_every_size_a_stream_may_need_is_measured(
     llama: ModelRunner, width: int, most: int
 ) -> None:
-    cache = llama.make_cache(EngineConfig(num_blocks=2), 16)
-    costs = measure_step_costs(llama, cache, FREE, stream_width=width, max_draft=most, num_top=4)
+    config = EngineConfig(num_blocks=2)
+    costs = measure_step_costs(llama, config, FREE, stream_width=width, max_draft=most, num_top=4)
     assert costs.max_tokens >= width * (1 + most)
     assert all(costs(num) > 0 for num in range(1, width * (1 + most)))
 
