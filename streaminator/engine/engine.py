@@ -110,6 +110,7 @@ class Engine:
             )
             engine = replace(engine, stream_width=self.stream_width)
         self._config = engine
+        cache = runner.make_cache(engine, self._max_length)
         if self._speculation.has_budget:
             self._speculation.budget = DraftBudget(
                 step_costs
@@ -123,7 +124,6 @@ class Engine:
                     plain=plain,
                 )
             )
-        cache = runner.make_cache(engine, self._max_length)
         self.scheduler = Scheduler(
             BlockManager(cache.num_blocks, cache.block_size),
             stream_width=self.stream_width,

@@ -154,7 +154,7 @@ def _make_cache(
     """Blocks for made-up steps to read: of a full stream, or as many as no processor's caches hold."""
     per_block = bytes_per_block(runner.shapes, config.block_size, runner.dtype)
     per_sequence = 1 + -(-context // config.block_size)
-    room = runner.num_blocks(replace(config, stream_width=stream_width), context) - 1
+    room = runner.num_fitting(config, config.block_size)  # in blocks
     num = max(min(stream_width * per_sequence, room, _MOST_KEYS // per_block), 1)
     cache = runner.make_cache(replace(config, num_blocks=1 + num, kv_memory=None), context)
     # The system gives no memory before it is written to.
