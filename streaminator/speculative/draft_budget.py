@@ -154,7 +154,8 @@ class DraftBudget:
             [n, 2, k] what pays; of a chain a prefix.
         """
         costs = self.costs
-        speed = self._tokens / self._seconds if self._seconds else num / costs(num_tokens)
+        # Steps that only computed prompts gained nothing; without sequences nothing can pay.
+        speed = self._tokens / self._seconds if self._tokens else num / costs(num_tokens)
         pays, self._expects, least, wants_all, gain = self._choose(
             np.ascontiguousarray(survival), min(self.trust, 1.0), speed,
             costs.reach, costs.rising, costs.multiple, num_tokens, costs.max_tokens,
@@ -162,7 +163,7 @@ class DraftBudget:
         # Draft a little more than is verified, so that what would pay is seen.
         floor = 0.5 * (self.floor if wants_all else least)
         self.floor = min(max(floor, _MIN_FLOOR), _MAX_FLOOR)
-        self._gained = _FORGET * self._gained + gain / speed
+        self._gained = _FORGET * self._gained + (gain / speed if gain else 0.0)
         return pays
 
     def observe(

@@ -106,6 +106,14 @@ def test_the_tokens_of_prompts_do_not_make_drafts_dear() -> None:
     assert budget.costs(16) - budget.costs(8) == pytest.approx(0.1)
 
 
+def test_drafts_are_chosen_after_steps_that_gained_nothing() -> None:
+    budget = DraftBudget(StepCosts(*MACHINE))
+    for _ in range(3):
+        budget.cut(np.zeros((0, 2, 0), np.float32), 8, 0)
+        budget.observe(8, 8, 0, 0, 1.0, 0.0)
+    assert lengths(budget.cut(chains(likely(16)), 1, 1)) == [16]
+
+
 def steps_that_draft(budget: DraftBudget, chance: float, num_steps: int) -> list[bool]:
     """Run steps of 8 sequences with a draft of one token each, for which drafting takes 0.1 s."""
     drafted = []
