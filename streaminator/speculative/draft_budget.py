@@ -21,8 +21,10 @@ Used by: `engine.Engine`, `engine.speculation`, `engine.step_costs`.
 """
 
 from bisect import bisect
+from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +38,8 @@ _FEW = 1 / 8  # of a step's tokens may be a prompt's where its cost counts
 _FAR = 1000.0  # times the largest size measured
 _MIN_FLOOR, _MAX_FLOOR = 0.02, 0.9
 _LONGEST_REST = 16  # steps without a draft
-_FORGET = 0.8  # of what drafts brought and took, per drafting step
+_FORGET = 0.8  # of what drafts brought, per drafting step
+_NUM_TIMED = 5  # drafting steps whose median drafting is said to take
 
 
 class StepCosts:
@@ -126,7 +129,8 @@ class DraftBudget:
         self._seconds = 0.0
         self._expected = self._accepted = 0.0
         self._expects = 0.0
-        self._gained = self._spent = 0.0
+        self._gained = self._weight = 0.0
+        self._took: deque[float] = deque(maxlen=_NUM_TIMED)
         self._rest = self._num_rested = 0
         # What is compiled is compiled now, or loaded, not while a step is measured.
         self.cut(np.zeros((1, 2, 1), np.float32), 1, 1)
@@ -192,16 +196,22 @@ class DraftBudget:
         if num_prefill_tokens <= _FEW * num_tokens:
             self.costs.observe(num_tokens, seconds - draft_seconds)
         decode = self.costs(max(num_tokens - num_prefill_tokens, 1))
+        has_drafted = self._num_rested > self._rest
+        drafting = 0.0
+        if has_drafted:
+            # One long pause of the machine would be remembered for hundreds of steps.
+            self._took.append(draft_seconds)
+            drafting = median(self._took)
         self._tokens = _DECAY * self._tokens + gained
-        self._seconds = _DECAY * self._seconds + decode + draft_seconds
-        if self._num_rested > self._rest:
-            self._plan_rest(draft_seconds)
+        self._seconds = _DECAY * self._seconds + decode + drafting
+        if has_drafted:
+            self._plan_rest(drafting)
 
-    def _plan_rest(self, draft_seconds: float) -> None:
-        """After a step that drafted: how many do without now."""
-        self._spent = _FORGET * self._spent + draft_seconds
+    def _plan_rest(self, drafting: float) -> None:
+        """After a step that drafted, which takes `drafting` seconds: how many do without now."""
+        self._weight = _FORGET * self._weight + 1
         self._num_rested = 0
-        if self._gained >= self._spent or self.costs.are_free:
+        if self._gained >= self._weight * drafting or self.costs.are_free:
             self._rest = 0
         else:
             self._rest = min(max(2 * self._rest, 1), _LONGEST_REST)

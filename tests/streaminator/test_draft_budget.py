@@ -147,6 +147,14 @@ def test_drafting_begins_again_when_it_pays() -> None:
     assert all(again[-50:])
 
 
+def test_one_long_pause_of_the_machine_stops_no_drafting() -> None:
+    budget = DraftBudget(StepCosts([8, 16], [1.0, 1.5]))
+    steps_that_draft(budget, 0.9, 20)
+    budget.cut(chains(*[[0.9]] * 8), 8, 8)
+    budget.observe(16, 0, 15, 7, 100.0, 98.5)
+    assert all(steps_that_draft(budget, 0.9, 100))
+
+
 def test_one_outlier_hardly_counts() -> None:
     costs = StepCosts([8, 64], [1.0, 2.0])
     costs.observe(64, 1000.0)
