@@ -19,6 +19,8 @@ from jobs.engines.protocol import Draw, Load, Run
 from jobs.engines.registry import ROOT, Program
 from streaminator.errors import StreaminatorError
 
+_ENVIRONMENT = dict(os.environ)
+"""Before a model runner, if there is one, sets what would make others slow (`reproducible`)."""
 _LOAD_LIMIT = 900.0  # seconds; vLLM compiles the model
 
 
@@ -36,7 +38,7 @@ class Client:
         self._process = subprocess.Popen(
             program.command,
             cwd=ROOT,
-            env=os.environ | threads | program.environment,
+            env=_ENVIRONMENT | threads | program.environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -96,8 +96,7 @@ class Kernels:
             raise KernelsMissingError(f"none for heads of {head_dim}: a multiple of 16 is needed")
         self._library = _load(dtype == torch.bfloat16, head_dim)
         self._num_threads = torch.get_num_threads()
-        has_amx = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-        self._has_products = bool(self._library.are_products_fast()) and not has_amx
+        self._has_products = bool(self._library.are_products_fast())
 
     def has_product(self, num_outputs: int, num_inputs: int) -> bool:
         """Whether there is a product for weights of this shape, and none faster is known."""

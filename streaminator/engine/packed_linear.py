@@ -4,7 +4,7 @@
 On a CPU products of 8 to 64 rows, a stream's, take up to half the time so, in float32 and bfloat16, and
 a row's result does not depend on how many rows there are. That is tried for every shape; one for
 which it does not hold keeps the plain product. The kernels are this project's own on processors with
-AVX-512 (`csrc/products.c`), elsewhere, and in bfloat16 where there is AMX, oneDNN's.
+AVX-512 (`csrc/products.c`) or AMX (`csrc/tiles.c`), elsewhere oneDNN's.
 
 Used by: `model_runner`, `fused_layers`.
 """

@@ -53,17 +53,25 @@ def test_a_packed_layer_computes_what_the_plain_one_does(
     dtype: torch.dtype, tolerance: float, compiled: bool
 ) -> None:
     for plain, packed in zip(*layers(dtype, compiled), strict=True):
-        rows = torch.randn(1, 24, plain.in_features, dtype=dtype)
-        torch.testing.assert_close(packed(rows), plain(rows), rtol=tolerance, atol=tolerance)
+        for num in (4, 24, 36, 72):
+            rows = torch.randn(1, num, plain.in_features, dtype=dtype)
+            torch.testing.assert_close(packed(rows), plain(rows), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str
+)
 @torch.inference_mode()
-def test_a_residual_is_added_to_a_product(compiled: bool) -> None:
-    for plain, packed in zip(*layers(torch.float32, compiled), strict=True):
+def test_a_residual_is_added_to_a_product(
+    dtype: torch.dtype, tolerance: float, compiled: bool
+) -> None:
+    for plain, packed in zip(*layers(dtype, compiled), strict=True):
         if "forward" in vars(packed):
-            rows, residual = torch.randn(11, plain.in_features), torch.randn(11, plain.out_features)
+            rows = torch.randn(11, plain.in_features, dtype=dtype)
+            residual = torch.randn(11, plain.out_features, dtype=dtype)
             added = packed.forward.add_to(residual, rows)
-            torch.testing.assert_close(added, residual + plain(rows), rtol=1e-5, atol=1e-5)
+            expected = residual + plain(rows)
+            torch.testing.assert_close(added, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

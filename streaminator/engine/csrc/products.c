@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Matrix products of few rows with weights that are packed for them, on a CPU with AVX-512.
-// Compiled by `compile_kernels.py` for one type of weights: -DBF16=0|1.
+// Matrix products of few rows with weights that are packed for them, on a CPU with AVX-512; `tiles.c` has
+// those of a CPU with AMX. Compiled by `compile_kernels.py` for one type of weights: -DBF16=0|1.
 //
 // Exactness: a row's sums are built up input by input, by the same instructions in any batch; the
 // last tile, of ROWS or half as many, is filled with rows that are not stored.
 
 #include "products.h"
-
-#define PANEL 32  // outputs that a tile of a product has
 
 // The products of `rows` rows, a constant, with a panel of weights, while lines are fetched, PIECE of them
 // at each of `places`.
@@ -60,6 +58,9 @@ int are_products_fast(void) {
 int product(const scalar *x, const scalar *packed, const scalar *bias, const scalar *residual,
             scalar *out, int64_t num_rows, int64_t num_outputs, int64_t num_inputs, Coming *coming,
             int num_threads) {
+    if (num_inputs % DEPTH == 0 && has_tiles())
+        return tile_product(x, packed, bias, residual, out, num_rows, num_outputs, num_inputs,
+                            num_threads);
     int64_t num_whole = num_rows / ROWS * ROWS, num_tiles = (num_rows + ROWS - 1) / ROWS;
     int64_t num_steps = num_inputs / PAIR, num_parts = (num_steps + PIECE - 1) / PIECE;
     int64_t num_whole_parts = num_steps / PIECE, num_idle = num_idle_tiles(num_rows);

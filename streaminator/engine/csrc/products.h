@@ -7,6 +7,8 @@
 #define LINE 64    // bytes of a cache line
 #define PIECE 128  // lines that are fetched from one place
 #define ROWS 8     // rows that a tile of a product has
+#define PANEL 32   // and its outputs
+#define DEPTH 32   // inputs that a tile unit multiplies at a time
 
 // Places in memory that will be read soon, PIECE lines each, the first ones first.
 typedef struct {
@@ -14,10 +16,17 @@ typedef struct {
     int64_t num;
 } Coming;
 
+// Whether `tile_product` is there, which takes the place of `product` (`tiles.c`).
+int has_tiles(void);
+
+int tile_product(const scalar *x, const scalar *packed, const scalar *bias, const scalar *residual,
+                 scalar *out, int64_t num_rows, int64_t num_outputs, int64_t num_inputs,
+                 int num_threads);
+
 // Tiles behind the second, which leave the memory idle.
 static inline int64_t num_idle_tiles(int64_t num_rows) {
     int64_t num_tiles = (num_rows + ROWS - 1) / ROWS;
-    return num_tiles > 2 ? num_tiles - 2 : 0;
+    return num_tiles > 2 && !has_tiles() ? num_tiles - 2 : 0;
 }
 
 int product(const scalar *x, const scalar *packed, const scalar *bias, const scalar *residual,
