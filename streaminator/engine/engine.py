@@ -227,9 +227,10 @@ class Engine:
         num_new = sum(len(gain.token_ids) for gain in gains)
         decoded = [verdict.sequence for verdict in verdicts if verdict.drawn]
         num_accepted = sum(sequence.accepted[-1] for sequence in decoded)
+        num_drafts = sum(sequence.drafted[-1] for sequence in decoded)
         self._speculation.observe_step(
-            batch.num_tokens, batch.num_tokens - len(tokens), num_new, num_accepted, clock.total,
-            clock.seconds["seconds_draft"],
+            batch.num_tokens, batch.num_tokens - len(tokens), num_drafts, num_new, num_accepted,
+            clock.total, clock.seconds["seconds_draft"],
         )  # fmt: skip
         self.last_step = StepStats(
             time=time.time(),
@@ -237,7 +238,7 @@ class Engine:
             stream_width=self.scheduler.stream_width,
             num_prefill_tokens=batch.num_tokens - len(tokens),
             num_decode_tokens=len(decoded),
-            num_draft_tokens=sum(sequence.drafted[-1] for sequence in decoded),
+            num_draft_tokens=num_drafts,
             num_accepted_tokens=num_accepted,
             num_new_tokens=num_new,
             num_draft_by_survival=by_survival[0],

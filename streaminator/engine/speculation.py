@@ -131,6 +131,7 @@ class Speculation:
         self,
         num_tokens: int,
         num_prefill_tokens: int,
+        num_drafts: int,
         gained: int,
         num_accepted: int,
         seconds: float,
@@ -139,8 +140,9 @@ class Speculation:
         """Learn what a step cost and brought; see `DraftBudget.observe`."""
         if self.budget:
             self.budget.observe(
-                num_tokens, num_prefill_tokens, gained, num_accepted, seconds, draft_seconds
-            )
+                num_tokens, num_prefill_tokens, num_drafts, gained, num_accepted, seconds,
+                draft_seconds,
+            )  # fmt: skip
 
     def finish(self, sequence: Sequence, *, has_failed: bool) -> None:
         """A completion has ended."""

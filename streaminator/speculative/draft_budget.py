@@ -20,7 +20,6 @@ Invariants
 Used by: `engine.Engine`, `engine.speculation`, `engine.step_costs`.
 """
 
-from bisect import bisect
 from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
@@ -29,8 +28,11 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-_RATE = 0.1  # of what a step took more or less than predicted is believed
-_OWN = 0.1  # of that only where the step's size is
+_KEPT = 0.97  # of what is known of the present costs, per step
+_BELIEVED = 5.0  # steps that the measured costs count for in the beginning
+_LIKE = 0.3  # steps with drafts that what was known of their price counts for
+_LEAST = 0.01  # of a step is what twice the tokens take more at least
+_MIN_DEAR, _MAX_DEAR = 0.1, 100.0
 _DECAY = 0.98  # of the counts that speed is computed from, per step
 _SURPRISE = 0.5  # no step is believed to differ more than this share from its prediction
 _DOUBT = 4.0  # accepted tokens, as expected, that are supposed to have been seen before
@@ -38,12 +40,17 @@ _FEW = 1 / 8  # of a step's tokens may be a prompt's where its cost counts
 _FAR = 1000.0  # times the largest size measured
 _MIN_FLOOR, _MAX_FLOOR = 0.02, 0.9
 _LONGEST_REST = 16  # steps without a draft
+_BOLD = 0.5  # of their price is what drafts may bring after such a rest, to see what they cost now
 _FORGET = 0.8  # of what drafts brought, per drafting step
 _NUM_TIMED = 5  # drafting steps whose median drafting is said to take
 
 
 class StepCosts:
-    """Seconds of a step by packed tokens: measured at a few sizes, kept current, in between linear.
+    """Seconds of a step by packed tokens: measured at a few sizes, in between linear.
+
+    Two numbers are kept current: what a step without drafts takes, and what drafts add to it, of what was
+    measured. They are fitted to the latest steps (recursive least squares, exponentially weighted;
+    Ljung 1999, ch. 11); what these do not tell stays as it was.
 
     Args:
         sizes: packed tokens, rising.
@@ -54,25 +61,24 @@ class StepCosts:
     def __init__(
         self, sizes: Sequence[int], seconds: Sequence[float], *, multiple: int = 1
     ) -> None:
-        self._sizes = [float(size) for size in sizes]
-        self._seconds = [float(taken) for taken in seconds]
         self.are_free = False
         """Whether a wider forward costs nothing, whatever is observed."""
         self.multiple = multiple
         """Packed tokens are padded to this many."""
+        self.max_tokens = int(sizes[-1])
+        """The largest size measured."""
         # Beyond the largest size it goes on as it did between the last two.
-        self.reach = np.array([*self._sizes, _FAR * self._sizes[-1]])
+        self.reach = np.array([*sizes, _FAR * sizes[-1]], np.float64)
         """[m] sizes at which seconds are known, rising; in between they are linear."""
-        self.rising = self._rise()
-        """[m] seconds of these sizes."""
-
-    def _rise(self) -> NDArray[np.float64]:
-        rising = list(accumulate(self._seconds, max))
-        slope = 0.0
-        if len(rising) > 1:
-            slope = (rising[-1] - rising[-2]) / (self._sizes[-1] - self._sizes[-2])
-        rising.append(rising[-1] + slope * (_FAR - 1) * self._sizes[-1])
-        return np.array(rising)
+        rising = list(accumulate(seconds, max))
+        slope = (rising[-1] - rising[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else 0.0
+        rising.append(rising[-1] + slope * (_FAR - 1) * sizes[-1])
+        self._rising = np.array(rising, np.float64)
+        self._plain = self._dear = 1.0
+        # Sums of products: of what was measured for steps without drafts and for their drafts, and what
+        # they took.
+        self._plain_plain = self._plain_drafts = self._drafts_drafts = 0.0
+        self._plain_taken = self._drafts_taken = self._num_drafting = 0.0
 
     @classmethod
     def free(cls) -> "StepCosts":
@@ -81,37 +87,69 @@ class StepCosts:
         costs.are_free = True
         return costs
 
-    @property
-    def max_tokens(self) -> int:
-        """The largest size measured."""
-        return int(self._sizes[-1])
+    def __call__(self, num_tokens: int, num_drafts: int = 0) -> float:
+        """Seconds of a step of `num_tokens` and `num_drafts` drafted ones; more never costs less."""
+        plain, drafts = self._measured(num_tokens, num_drafts)
+        return self._plain * plain + self._dear * drafts
 
-    def __call__(self, num_tokens: int) -> float:
-        """Seconds of a step of `num_tokens`; more never costs less."""
-        padded = -(-num_tokens // self.multiple) * self.multiple
-        return float(np.interp(padded, self.reach, self.rising))
+    def prices(self, num_tokens: int) -> NDArray[np.float64]:
+        """[m] seconds of the sizes `reach`, but for a constant, where `num_tokens` are no drafts."""
+        if self.are_free:
+            return self._rising
+        return self._dear * (self._rising + self._least(num_tokens) * self.reach)
 
-    def observe(self, num_tokens: int, seconds: float) -> None:
-        """Learn from a step: a little of the surprise is its neighbours', the rest everywhere's."""
+    def observe(self, num_tokens: int, num_drafts: int, seconds: float) -> None:
+        """Learn from a step of `num_tokens` and `num_drafts` drafted ones."""
         if self.are_free:
             return
-        surprise = seconds / self(num_tokens) - 1
-        factor = 1 + _RATE * min(max(surprise, -_SURPRISE), _SURPRISE)
-        sizes = self._sizes
-        place = bisect(sizes, num_tokens) - 1
-        if place < 0:
-            at = 0.0
-        elif place == len(sizes) - 1:
-            at = float(place)
-        else:
-            at = place + (num_tokens - sizes[place]) / (sizes[place + 1] - sizes[place])
-        # As a factor: most of what changes while running is how fast the machine is. Sizes that no
-        # step has now must follow, or they would look dear as soon as it is faster.
-        self._seconds = [
-            taken * factor ** (1 - _OWN + _OWN * max(1 - abs(index - at), 0))
-            for index, taken in enumerate(self._seconds)
-        ]
-        self.rising = self._rise()
+        plain, drafts = self._measured(num_tokens, num_drafts)
+        expected = self._plain * plain + self._dear * drafts
+        taken = min(max(seconds, (1 - _SURPRISE) * expected), (1 + _SURPRISE) * expected)
+        if not self._plain_plain or (drafts and not self._num_drafting):
+            self._add(plain, drafts, expected, _BELIEVED)
+        self._plain_plain *= _KEPT
+        self._plain_drafts *= _KEPT
+        self._drafts_drafts *= _KEPT
+        self._plain_taken *= _KEPT
+        self._drafts_taken *= _KEPT
+        self._num_drafting *= _KEPT
+        self._add(plain, drafts, taken, 1)
+        self._fit(plain)
+
+    def _add(self, plain: float, drafts: float, taken: float, times: float) -> None:
+        self._plain_plain += times * plain * plain
+        self._plain_drafts += times * plain * drafts
+        self._drafts_drafts += times * drafts * drafts
+        self._plain_taken += times * plain * taken
+        self._drafts_taken += times * drafts * taken
+        self._num_drafting += times * (drafts > 0)
+
+    def _fit(self, plain: float) -> None:
+        # Least squares, with one more term: that the ratio of the two numbers is what it was.
+        like, ratio = 1e-4 * plain * plain, self._dear / self._plain
+        if self._num_drafting:
+            like += _LIKE * self._drafts_drafts / self._num_drafting
+        a, b = self._plain_plain + ratio * ratio * like, self._plain_drafts - ratio * like
+        c = self._drafts_drafts + like
+        whole = a * c - b * b
+        factor = (c * self._plain_taken - b * self._drafts_taken) / whole
+        dear = (a * self._drafts_taken - b * self._plain_taken) / whole
+        self._plain = factor
+        self._dear = min(max(dear, _MIN_DEAR * factor), _MAX_DEAR * factor)
+
+    def _measured(self, num_tokens: int, num_drafts: int) -> tuple[float, float]:
+        """Seconds, as measured, without drafts, and more with them."""
+        first, last = self._padded(num_tokens), self._padded(num_tokens + num_drafts)
+        plain, all_of_it = np.interp([first, last], self.reach, self._rising).tolist()
+        return plain, all_of_it - plain + self._least(num_tokens) * (last - first)
+
+    def _least(self, num_tokens: int) -> float:
+        """Seconds that a token more costs at least: what was measured may be flat by chance."""
+        first = self._padded(num_tokens)
+        return _LEAST * float(np.interp(first, self.reach, self._rising)) / max(first, 1)
+
+    def _padded(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.multiple) * self.multiple
 
 
 class DraftBudget:
@@ -160,22 +198,29 @@ class DraftBudget:
         costs = self.costs
         # Steps that only computed prompts gained nothing; without sequences nothing can pay.
         speed = self._tokens / self._seconds if self._tokens else num / costs(num_tokens)
+        # What is never tried would never become cheaper.
+        is_bold = self._rest == _LONGEST_REST
         pays, self._expects, least, wants_all, gain = self._choose(
-            np.ascontiguousarray(survival), min(self.trust, 1.0), speed,
-            costs.reach, costs.rising, costs.multiple, num_tokens, costs.max_tokens,
+            np.ascontiguousarray(survival), min(self.trust, 1.0), speed, costs.reach,
+            (_BOLD if is_bold else 1.0) * costs.prices(num_tokens), costs.multiple, num_tokens,
+            costs.max_tokens,
         )  # fmt: skip
         # Draft a little more than is verified, so that what would pay is seen.
         floor = 0.5 * (self.floor if wants_all else least)
         self.floor = min(max(floor, _MIN_FLOOR), _MAX_FLOOR)
-        self._gained = _FORGET * self._gained + (gain / speed if gain else 0.0)
+        if is_bold:
+            num_drafts = int(pays.sum())
+            gain -= (1 - _BOLD) * speed * (costs(num_tokens, num_drafts) - costs(num_tokens))
+        self._gained = _FORGET * self._gained + (gain / speed if gain > 0 else 0.0)
         return pays
 
     def observe(
         self,
         num_tokens: int,
         num_prefill_tokens: int,
-        gained: int,
-        num_accepted: int,
+        num_drafts: int,
+        gained: float,
+        num_accepted: float,
         seconds: float,
         draft_seconds: float,
     ) -> None:
@@ -184,6 +229,7 @@ class DraftBudget:
         Args:
             num_tokens: packed.
             num_prefill_tokens: of them, such as the step computed whatever was drafted.
+            num_drafts: of them, drafted ones.
             gained: tokens added to completions.
             num_accepted: of the drafted tokens, second choices included.
             seconds: the whole step.
@@ -194,8 +240,9 @@ class DraftBudget:
         self._expects = 0.0
         # A prompt's tokens cost otherwise than sampled ones, and would make all of these look dear.
         if num_prefill_tokens <= _FEW * num_tokens:
-            self.costs.observe(num_tokens, seconds - draft_seconds)
-        decode = self.costs(max(num_tokens - num_prefill_tokens, 1))
+            self.costs.observe(num_tokens - num_drafts, num_drafts, seconds - draft_seconds)
+        num_plain = num_tokens - num_prefill_tokens - num_drafts
+        decode = self.costs(max(num_plain, 1), num_drafts)
         has_drafted = self._num_rested > self._rest
         drafting = 0.0
         if has_drafted:

@@ -84,25 +84,47 @@ def test_what_steps_really_cost_is_learned() -> None:
     budget = DraftBudget(StepCosts([8, 16, 32], [1.0, 1.0, 1.0]))
     survival = chains(*[[0.3]] * 8)
     assert budget.cut(survival, 8, 8).sum() == 8
-    for _ in range(800):
-        budget.observe(8, 0, 8, 0, 1.0, 0.0)
-        budget.observe(16, 0, 9, 1, 2.0, 0.0)
+    for _ in range(100):
+        budget.observe(8, 0, 0, 8, 0, 1.0, 0.0)
+        budget.observe(16, 0, 8, 9, 1, 2.0, 0.0)
     assert budget.cut(survival, 8, 8).sum() == 0
+
+
+def test_drafts_that_became_cheap_are_found_out() -> None:
+    """Measured while the machine was busy with something else, none would ever be tried."""
+    budget = DraftBudget(StepCosts([8, 16, 32], [1.0, 2.0, 4.0]))
+    drafted = []
+    for _ in range(600):
+        rests = budget.rests()
+        num = 0 if rests else int(budget.cut(chains(*[[0.6]] * 8), 8, 8).sum())
+        seconds = 1.0 + 0.2 * num / 8
+        budget.observe(8 + num, 0, num, 8 + round(0.6 * num), round(0.6 * num), seconds, 0.01)
+        drafted.append(num)
+    assert drafted[:5] == [0] * 5
+    assert all(drafted[-100:])
 
 
 def test_a_faster_machine_is_no_reason_to_draft_more() -> None:
     """Steps of one size only tell how fast the machine is, not what a wider step costs more."""
     costs = StepCosts([8, 16], [1.0, 1.5])
     for _ in range(100):
-        costs.observe(16, 0.75)
-    assert costs(16) == pytest.approx(0.75, rel=0.02)
+        costs.observe(8, 8, 0.75)
+    assert costs(8, 8) == pytest.approx(0.75, rel=0.02)
     assert costs(8) == pytest.approx(0.5, rel=0.1)
+
+
+def test_what_drafts_cost_is_told_from_how_fast_the_machine_is() -> None:
+    costs = StepCosts([8, 16, 32], [1.0, 1.5, 2.5])
+    for num in [0, 4, 8, 2, 12] * 40:
+        costs.observe(8, num, 2 * (1 + 0.02 * num))
+    assert costs(8) == pytest.approx(2, rel=0.02)
+    assert costs(8, 8) - costs(8) == pytest.approx(0.32, rel=0.1)
 
 
 def test_the_tokens_of_prompts_do_not_make_drafts_dear() -> None:
     budget = DraftBudget(StepCosts([8, 16, 128], [1.0, 1.1, 8.0]))
     for _ in range(100):
-        budget.observe(128, 112, 16, 0, 80.0, 0.0)
+        budget.observe(128, 112, 0, 16, 0, 80.0, 0.0)
     assert budget.costs(16) - budget.costs(8) == pytest.approx(0.1)
 
 
@@ -110,7 +132,7 @@ def test_drafts_are_chosen_after_steps_that_gained_nothing() -> None:
     budget = DraftBudget(StepCosts(*MACHINE))
     for _ in range(3):
         budget.cut(np.zeros((0, 2, 0), np.float32), 8, 0)
-        budget.observe(8, 8, 0, 0, 1.0, 0.0)
+        budget.observe(8, 8, 0, 0, 0, 1.0, 0.0)
     assert lengths(budget.cut(chains(likely(16)), 1, 1)) == [16]
 
 
@@ -119,11 +141,10 @@ def steps_that_draft(budget: DraftBudget, chance: float, num_steps: int) -> list
     drafted = []
     for _ in range(num_steps):
         drafts = not budget.rests()
-        num = 8 * budget.cut(chains(*[[chance]] * 8), 8, 8).any() if drafts else 0
+        num = int(budget.cut(chains(*[[chance]] * 8), 8, 8).sum()) if drafts else 0
         gained = 8 + chance * num
-        budget.observe(
-            8 + num, 0, gained, chance * num, budget.costs(8 + num) + 0.1 * drafts, 0.1 * drafts
-        )
+        seconds = budget.costs(8, num) + 0.1 * drafts
+        budget.observe(8 + num, 0, num, gained, chance * num, seconds, 0.1 * drafts)
         drafted.append(drafts)
     return drafted
 
@@ -151,14 +172,17 @@ def test_one_long_pause_of_the_machine_stops_no_drafting() -> None:
     budget = DraftBudget(StepCosts([8, 16], [1.0, 1.5]))
     steps_that_draft(budget, 0.9, 20)
     budget.cut(chains(*[[0.9]] * 8), 8, 8)
-    budget.observe(16, 0, 15, 7, 100.0, 98.5)
+    budget.observe(16, 0, 8, 15, 7, 100.0, 98.5)
     assert all(steps_that_draft(budget, 0.9, 100))
 
 
 def test_one_outlier_hardly_counts() -> None:
     costs = StepCosts([8, 64], [1.0, 2.0])
-    costs.observe(64, 1000.0)
-    assert costs(64) < 2.2
+    for _ in range(50):
+        costs.observe(8, 0, 1.0)
+        costs.observe(8, 56, 2.0)
+    costs.observe(8, 56, 1000.0)
+    assert costs(8, 56) < 2.2
 
 
 def test_more_tokens_never_cost_less() -> None:

@@ -271,7 +271,7 @@ int attend(const scalar *qkv, const scalar *cosine, const scalar *sine, scalar *
                 if (is_new && is_last) clear_behind(values + to, offset);
             }
         }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
         for (int64_t index = 0; index < num_tasks; index++) {
             Task task = task_of(lines, until, shape, index);
             Ahead ahead = {0};

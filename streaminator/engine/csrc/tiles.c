@@ -49,8 +49,9 @@ static inline __attribute__((always_inline)) void multiply(const int num, const 
     if (num > 1) _tile_zero(2);
     if (num > 1) _tile_zero(3);
     for (int64_t at = 0; at < num_inputs; at += DEPTH, panel += STEP, next += STEP * sizeof *panel) {
-        _tile_loadd(6, panel, STRIDE * sizeof(scalar));
-        _tile_loadd(7, panel + TILE * PAIR, STRIDE * sizeof(scalar));
+        // Not to be kept in the nearest cache, which has just room for the rows.
+        _tile_stream_loadd(6, panel, STRIDE * sizeof(scalar));
+        _tile_stream_loadd(7, panel + TILE * PAIR, STRIDE * sizeof(scalar));
         _tile_loadd(4, rows[0] + at, stride);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
@@ -83,7 +84,7 @@ int tile_product(const scalar *x, const scalar *packed, const scalar *bias, cons
 #pragma omp parallel num_threads(num_threads)
     {
         _tile_loadconfig(&CONFIG);
-#pragma omp for
+#pragma omp for nowait
         for (int64_t panel = 0; panel < num_outputs / PANEL; panel++)
             for (int64_t tile = 0; tile < num_tiles; tile += 2) {
                 float sums[2 * TILE][PANEL] __attribute__((aligned(LINE)));
