@@ -40,7 +40,8 @@ _FEW = 1 / 8  # of a step's tokens may be a prompt's where its cost counts
 _FAR = 1000.0  # times the largest size measured
 _MIN_FLOOR, _MAX_FLOOR = 0.02, 0.9
 _LONGEST_REST = 16  # steps without a draft
-_BOLD = 0.5  # of their price is what drafts may bring after such a rest, to see what they cost now
+_BOLD = 0.5  # of their price is what drafts may bring after such a rest, to see what they cost now,
+_FEW_BOLD, _LEAST_BOLD = 1 / 4, 16  # and they may be so many of the step's tokens, or of a tile
 _FORGET = 0.8  # of what drafts brought, per drafting step
 _NUM_TIMED = 5  # drafting steps whose median drafting is said to take
 
@@ -200,10 +201,12 @@ class DraftBudget:
         speed = self._tokens / self._seconds if self._tokens else num / costs(num_tokens)
         # What is never tried would never become cheaper.
         is_bold = self._rest == _LONGEST_REST
+        most = costs.max_tokens
+        if is_bold:
+            most = min(max(int(_FEW_BOLD * num_tokens), _LEAST_BOLD), most)
         pays, self._expects, least, wants_all, gain = self._choose(
             np.ascontiguousarray(survival), min(self.trust, 1.0), speed, costs.reach,
-            (_BOLD if is_bold else 1.0) * costs.prices(num_tokens), costs.multiple, num_tokens,
-            costs.max_tokens,
+            (_BOLD if is_bold else 1.0) * costs.prices(num_tokens), costs.multiple, num_tokens, most,
         )  # fmt: skip
         # Draft a little more than is verified, so that what would pay is seen.
         floor = 0.5 * (self.floor if wants_all else least)
@@ -211,6 +214,9 @@ class DraftBudget:
         if is_bold:
             num_drafts = int(pays.sum())
             gain -= (1 - _BOLD) * speed * (costs(num_tokens, num_drafts) - costs(num_tokens))
+            # If these few pay for their drafting, see soon what all would bring.
+            if gain > speed * median(self._took):
+                self._rest = 0
         self._gained = _FORGET * self._gained + (gain / speed if gain > 0 else 0.0)
         return pays
 
