@@ -36,7 +36,8 @@ class Machine:
     copy_rate: float
     """Bytes per second, those read and those written."""
     matmul_rate: float
-    """Floating-point operations per second of a square product in the model's type."""
+    """Floating-point operations per second of a square product in the model's type; in bfloat16 on a CPU with
+    AMX this project's own, since PyTorch's does without here (`engine.reproducible`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,6 @@ def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     products: list[Callable[[], Any]] = [lambda: left @ right]
     if device.type == "cpu":
-        # PyTorch's does not use AMX here (`engine.reproducible`).
         with suppress(KernelsMissingError):
             kernels = Kernels(dtype)
             if kernels.has_product(size, size):

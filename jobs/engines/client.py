@@ -17,10 +17,9 @@ from typing import Any
 
 from jobs.engines.protocol import Draw, Load, Run
 from jobs.engines.registry import ROOT, Program
+from streaminator.engine.reproducible import ADDED
 from streaminator.errors import StreaminatorError
 
-_ENVIRONMENT = dict(os.environ)
-"""Before a model runner, if there is one, sets what would make others slow (`reproducible`)."""
 _LOAD_LIMIT = 900.0  # seconds; vLLM compiles the model
 
 
@@ -35,10 +34,12 @@ class Client:
         self.program = program
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (until the end of the process)
         threads = {"OMP_NUM_THREADS": str(load.num_threads)} if load.device == "cpu" else {}
+        # What keeps this engine exact would make others slow; its own process sets it again.
+        kept = {name: value for name, value in os.environ.items() if name not in ADDED}
         self._process = subprocess.Popen(
             program.command,
             cwd=ROOT,
-            env=_ENVIRONMENT | threads | program.environment,
+            env=kept | threads | program.environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

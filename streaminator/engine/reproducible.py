@@ -16,16 +16,20 @@ from pathlib import Path
 from typing import Any
 
 
-def _is_intel() -> bool:
+def _cpu_info() -> str | None:
     with suppress(OSError):
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    return True
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return None
 
 
-IS_INTEL = _is_intel()
-if IS_INTEL:
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
+_CPU = _cpu_info()
+IS_INTEL = _CPU is None or "GenuineIntel" in _CPU
+_WANTED = {"MKL_CBWR": "AUTO,STRICT"} if IS_INTEL else {}
+if _CPU is not None and "amx_tile" in _CPU:
+    _WANTED["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_FP16"
+ADDED = {name: value for name, value in _WANTED.items() if name not in os.environ}
+"""What is set here, for this process and those that it starts."""
+os.environ.update(ADDED)
 
 
 def separate_expert_rows(model: Any) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many drafted tokens a step verifies: as many as pay for the wider forward.
 
-A step that packs T tokens costs `StepCosts(T)` seconds. A drafted token pays while the chance that
+A step that packs T tokens, n of them drafted, costs `StepCosts(T - n, n)` seconds. A drafted token pays while the chance that
 it is accepted exceeds what the wider forward costs, counted in tokens at the stream's present
 speed: n maximises (expected tokens) - speed * cost(n), whose fixed point is the highest ratio of
 tokens to seconds (Dinkelbach 1967). All slots compete for the same n tokens. So one slot drafts
@@ -11,7 +11,8 @@ Chances are taken times the share of what was expected of verified drafts that c
 that are chosen are more often overrated than underrated (the optimizer's curse, Smith and Winkler 2006).
 
 Drafting takes time, too. Where it lately brought less than that, the next step does without, then two,
-four, up to `_LONGEST_REST`, as long as the draft in between says the same.
+four, up to `_LONGEST_REST`, as long as the draft in between says the same. After the longest, a few drafts
+are verified for half of their price, since a price that nothing is bought for is not known for long.
 
 Invariants
 - Changes speed, never a token.
@@ -89,7 +90,10 @@ class StepCosts:
         return costs
 
     def __call__(self, num_tokens: int, num_drafts: int = 0) -> float:
-        """Seconds of a step of `num_tokens` and `num_drafts` drafted ones; more never costs less."""
+        """Seconds of a step of `num_tokens` and `num_drafts` drafted ones; more never costs less.
+
+        Of `free` ones only their ratio means something.
+        """
         plain, drafts = self._measured(num_tokens, num_drafts)
         return self._plain * plain + self._dear * drafts
 
@@ -132,11 +136,14 @@ class StepCosts:
             like += _LIKE * self._drafts_drafts / self._num_drafting
         a, b = self._plain_plain + ratio * ratio * like, self._plain_drafts - ratio * like
         c = self._drafts_drafts + like
-        whole = a * c - b * b
-        factor = (c * self._plain_taken - b * self._drafts_taken) / whole
-        dear = (a * self._drafts_taken - b * self._plain_taken) / whole
-        self._plain = factor
-        self._dear = min(max(dear, _MIN_DEAR * factor), _MAX_DEAR * factor)
+        factor = c * self._plain_taken - b * self._drafts_taken
+        dear = a * self._drafts_taken - b * self._plain_taken
+        ratio = min(max(dear / factor, _MIN_DEAR), _MAX_DEAR) if factor > 0 else _MAX_DEAR
+        # The best for this ratio: the ratio itself is free but within its bounds.
+        self._plain = (self._plain_taken + ratio * self._drafts_taken) / (
+            self._plain_plain + 2 * ratio * self._plain_drafts + ratio**2 * self._drafts_drafts
+        )
+        self._dear = ratio * self._plain
 
     def _measured(self, num_tokens: int, num_drafts: int) -> tuple[float, float]:
         """Seconds, as measured, without drafts, and more with them."""

@@ -57,7 +57,7 @@ def choose(
         trust: what it is multiplied by.
         speed: tokens per second that a longer step is compared with.
         reach: see `StepCosts`.
-        rising: see there.
+        rising: see `StepCosts.prices`.
         multiple: see there.
         num_tokens: packed without drafts.
         max_tokens: most drafts.

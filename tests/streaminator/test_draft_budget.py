@@ -171,6 +171,7 @@ def test_drafting_begins_again_when_it_pays() -> None:
 def test_one_long_pause_of_the_machine_stops_no_drafting() -> None:
     budget = DraftBudget(StepCosts([8, 16], [1.0, 1.5]))
     steps_that_draft(budget, 0.9, 20)
+    assert not budget.rests()
     budget.cut(chains(*[[0.9]] * 8), 8, 8)
     budget.observe(16, 0, 8, 15, 7, 100.0, 98.5)
     assert all(steps_that_draft(budget, 0.9, 100))
@@ -240,6 +241,29 @@ def test_drafts_are_counted_by_the_chance_they_were_given() -> None:
     verified, accepted = calibration(drafting, survival, verdicts)
     assert verified == [0, 0, 1, 0, 0, 1, 0, 0, 0, 2]
     assert accepted == [0, 0, 1, 0, 0, 0, 0, 0, 0, 1]
+
+
+def test_the_budget_is_told_how_many_drafts_a_step_had(
+    llama: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    monkeypatch.setattr(
+        StepCosts,
+        "observe",
+        lambda _, num_tokens, num_drafts, __: told.append((num_tokens, num_drafts)),
+    )
+    costs = StepCosts([1, 512], [1.0, 1.0])
+    engine = make_engine(llama, sampling=FREE, speculator=MEMORY, step_costs=costs)
+    engine.add(PROMPTS[0])
+    had = []
+    while engine.has_work:
+        engine.step()
+        stats = engine.last_step
+        assert stats is not None
+        if not stats.num_prefill_tokens:
+            had.append((stats.num_decode_tokens, stats.num_draft_tokens))
+    assert told == had
+    assert any(num_drafts for _, num_drafts in had)
 
 
 def test_a_step_tells_its_drafts_by_their_chance(llama: ModelRunner) -> None:

@@ -2,6 +2,7 @@
 """Packed linear layers: the same products, whatever else is in the batch."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +121,18 @@ def test_new_weights_are_packed_again(llama: ModelRunner) -> None:
         llama.repack_weights()
     assert torch.equal(doubled, 2 * before)
     assert torch.equal(layer(rows), before)
+
+
+def test_where_there_is_amx_it_is_used() -> None:
+    """Without the system's permission products would be exact, and slower, and nobody would know."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        flags = ""
+    if "amx_bf16" not in flags:
+        pytest.skip("no AMX")
+    try:
+        kernels = Kernels(torch.bfloat16)
+    except KernelsMissingError as error:
+        pytest.skip(f"no compiled kernels: {error}")
+    assert kernels._library.has_tiles()

@@ -16,14 +16,14 @@ typedef struct {
     int64_t num;
 } Coming;
 
-// Whether `tile_product` is there, which takes the place of `product` (`tiles.c`).
+// Whether `tile_product` is there (`tiles.c`), which takes the place of `product` for multiples of DEPTH inputs.
 int has_tiles(void);
 
 int tile_product(const scalar *x, const scalar *packed, const scalar *bias, const scalar *residual,
                  scalar *out, int64_t num_rows, int64_t num_outputs, int64_t num_inputs,
                  int num_threads);
 
-// Tiles behind the second, which leave the memory idle.
+// Tiles behind the second, which leave the memory idle; the tile unit hardly ever does.
 static inline int64_t num_idle_tiles(int64_t num_rows) {
     int64_t num_tiles = (num_rows + ROWS - 1) / ROWS;
     return num_tiles > 2 && !has_tiles() ? num_tiles - 2 : 0;
