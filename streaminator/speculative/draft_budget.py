@@ -29,9 +29,9 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-_KEPT = 0.97  # of what is known of the present costs, per step
+_KEPT = 0.985  # of what is known of the present costs, per step
 _BELIEVED = 5.0  # steps that the measured costs count for in the beginning
-_LIKE = 0.3  # steps with drafts that what was known of their price counts for
+_LIKE = 3.0  # steps with drafts that what was known of their price counts for
 _LEAST = 0.01  # of a step is what twice the tokens take more at least
 _MIN_DEAR, _MAX_DEAR = 0.1, 100.0
 _DECAY = 0.98  # of the counts that speed is computed from, per step
@@ -41,6 +41,7 @@ _FEW = 1 / 8  # of a step's tokens may be a prompt's where its cost counts
 _FAR = 1000.0  # times the largest size measured
 _MIN_FLOOR, _MAX_FLOOR = 0.02, 0.9
 _LONGEST_REST = 16  # steps without a draft
+_MARGIN = 1.1  # times their price is what drafts must bring: it is known no better
 _BOLD = 0.5  # of their price is what drafts may bring after such a rest, to see what they cost now,
 _FEW_BOLD, _LEAST_BOLD = 1 / 4, 16  # and they may be so many of the step's tokens, or of a tile
 _FORGET = 0.8  # of what drafts brought, per drafting step
@@ -72,7 +73,8 @@ class StepCosts:
         # Beyond the largest size it goes on as it did between the last two.
         self.reach = np.array([*sizes, _FAR * sizes[-1]], np.float64)
         """[m] sizes at which seconds are known, rising; in between they are linear."""
-        rising = list(accumulate(seconds, max))
+        # Fewer tokens never take longer: where they seemed to, the machine was busy with something else.
+        rising = list(accumulate(reversed(seconds), min))[::-1]
         slope = (rising[-1] - rising[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else 0.0
         rising.append(rising[-1] + slope * (_FAR - 1) * sizes[-1])
         self._rising = np.array(rising, np.float64)
@@ -213,14 +215,15 @@ class DraftBudget:
             most = min(max(int(_FEW_BOLD * num_tokens), _LEAST_BOLD), most)
         pays, self._expects, least, wants_all, gain = self._choose(
             np.ascontiguousarray(survival), min(self.trust, 1.0), speed, costs.reach,
-            (_BOLD if is_bold else 1.0) * costs.prices(num_tokens), costs.multiple, num_tokens, most,
+            (_BOLD if is_bold else _MARGIN) * costs.prices(num_tokens), costs.multiple, num_tokens, most,
         )  # fmt: skip
         # Draft a little more than is verified, so that what would pay is seen.
         floor = 0.5 * (self.floor if wants_all else least)
         self.floor = min(max(floor, _MIN_FLOOR), _MAX_FLOOR)
         if is_bold:
             num_drafts = int(pays.sum())
-            gain -= (1 - _BOLD) * speed * (costs(num_tokens, num_drafts) - costs(num_tokens))
+            price = costs(num_tokens, num_drafts) - costs(num_tokens)
+            gain -= (_MARGIN - _BOLD) * speed * price
             # If these few pay for their drafting, see soon what all would bring.
             if gain > speed * median(self._took):
                 self._rest = 0

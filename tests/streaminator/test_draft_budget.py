@@ -107,7 +107,7 @@ def test_drafts_that_became_cheap_are_found_out() -> None:
 def test_a_faster_machine_is_no_reason_to_draft_more() -> None:
     """Steps of one size only tell how fast the machine is, not what a wider step costs more."""
     costs = StepCosts([8, 16], [1.0, 1.5])
-    for _ in range(100):
+    for _ in range(300):
         costs.observe(8, 8, 0.75)
     assert costs(8, 8) == pytest.approx(0.75, rel=0.02)
     assert costs(8) == pytest.approx(0.5, rel=0.1)
