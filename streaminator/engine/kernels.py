@@ -99,7 +99,7 @@ class Kernels:
         self._has_products = bool(self._library.are_products_fast())
 
     def has_product(self, num_outputs: int, num_inputs: int) -> bool:
-        """Whether there is a product for weights of this shape, and none faster is known."""
+        """Whether there is a product for weights of this shape, and it is fast here."""
         return self._has_products and num_outputs % _PANEL == 0 and num_inputs % 2 == 0
 
     def product(

@@ -7,7 +7,7 @@ and without it products of 4 rows or more agree. oneDNN with AMX builds up a row
 other numbers of rows, so it is kept to AVX-512; `csrc/tiles.c` uses AMX. A mixture's experts get whatever
 rows there are: there each row is a product of its own.
 
-Used by: `model_runner`.
+Used by: `model_runner`; `jobs.engines`, which spares others what is set here.
 """
 
 import os

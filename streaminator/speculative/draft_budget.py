@@ -79,10 +79,7 @@ class StepCosts:
         rising.append(rising[-1] + slope * (_FAR - 1) * sizes[-1])
         self._rising = np.array(rising, np.float64)
         self._plain = self._dear = 1.0
-        # Sums of products: of what was measured for steps without drafts and for their drafts, and what
-        # they took.
-        self._plain_plain = self._plain_drafts = self._drafts_drafts = 0.0
-        self._plain_taken = self._drafts_taken = self._num_drafting = 0.0
+        self._sums = np.zeros(6)  # see `_add`
 
     @classmethod
     def free(cls) -> "StepCosts":
@@ -103,7 +100,9 @@ class StepCosts:
         """[m] seconds of the sizes `reach`, but for a constant, where `num_tokens` are no drafts."""
         if self.are_free:
             return self._rising
-        return self._dear * (self._rising + self._least(num_tokens) * self.reach)
+        first = self._padded(num_tokens)
+        least = _least(first, float(np.interp(first, self.reach, self._rising)))
+        return self._dear * (self._rising + least * self.reach)
 
     def observe(self, num_tokens: int, num_drafts: int, seconds: float) -> None:
         """Learn from a step of `num_tokens` and `num_drafts` drafted ones."""
@@ -112,38 +111,30 @@ class StepCosts:
         plain, drafts = self._measured(num_tokens, num_drafts)
         expected = self._plain * plain + self._dear * drafts
         taken = min(max(seconds, (1 - _SURPRISE) * expected), (1 + _SURPRISE) * expected)
-        if not self._plain_plain or (drafts and not self._num_drafting):
+        if not self._sums[0] or (drafts and not self._sums[-1]):
             self._add(plain, drafts, expected, _BELIEVED)
-        self._plain_plain *= _KEPT
-        self._plain_drafts *= _KEPT
-        self._drafts_drafts *= _KEPT
-        self._plain_taken *= _KEPT
-        self._drafts_taken *= _KEPT
-        self._num_drafting *= _KEPT
+        self._sums *= _KEPT
         self._add(plain, drafts, taken, 1)
         self._fit(plain)
 
     def _add(self, plain: float, drafts: float, taken: float, times: float) -> None:
-        self._plain_plain += times * plain * plain
-        self._plain_drafts += times * plain * drafts
-        self._drafts_drafts += times * drafts * drafts
-        self._plain_taken += times * plain * taken
-        self._drafts_taken += times * drafts * taken
-        self._num_drafting += times * (drafts > 0)
+        """`plain` and `drafts` as measured; `taken`: what the step really took."""
+        products = plain * plain, plain * drafts, drafts * drafts, plain * taken, drafts * taken
+        self._sums += times * np.array([*products, drafts > 0])
 
     def _fit(self, plain: float) -> None:
         # Least squares, with one more term: that the ratio of the two numbers is what it was.
+        plains, mixed, drafts, plain_taken, drafts_taken, num_drafting = self._sums.tolist()
         like, ratio = 1e-4 * plain * plain, self._dear / self._plain
-        if self._num_drafting:
-            like += _LIKE * self._drafts_drafts / self._num_drafting
-        a, b = self._plain_plain + ratio * ratio * like, self._plain_drafts - ratio * like
-        c = self._drafts_drafts + like
-        factor = c * self._plain_taken - b * self._drafts_taken
-        dear = a * self._drafts_taken - b * self._plain_taken
+        if num_drafting:
+            like += _LIKE * drafts / num_drafting
+        a, b, c = plains + ratio * ratio * like, mixed - ratio * like, drafts + like
+        factor = c * plain_taken - b * drafts_taken
+        dear = a * drafts_taken - b * plain_taken
         ratio = min(max(dear / factor, _MIN_DEAR), _MAX_DEAR) if factor > 0 else _MAX_DEAR
         # The best for this ratio: the ratio itself is free but within its bounds.
-        self._plain = (self._plain_taken + ratio * self._drafts_taken) / (
-            self._plain_plain + 2 * ratio * self._plain_drafts + ratio**2 * self._drafts_drafts
+        self._plain = (plain_taken + ratio * drafts_taken) / (
+            plains + 2 * ratio * mixed + ratio**2 * drafts
         )
         self._dear = ratio * self._plain
 
@@ -151,15 +142,15 @@ class StepCosts:
         """Seconds, as measured, without drafts, and more with them."""
         first, last = self._padded(num_tokens), self._padded(num_tokens + num_drafts)
         plain, all_of_it = np.interp([first, last], self.reach, self._rising).tolist()
-        return plain, all_of_it - plain + self._least(num_tokens) * (last - first)
-
-    def _least(self, num_tokens: int) -> float:
-        """Seconds that a token more costs at least: what was measured may be flat by chance."""
-        first = self._padded(num_tokens)
-        return _LEAST * float(np.interp(first, self.reach, self._rising)) / max(first, 1)
+        return plain, all_of_it - plain + _least(first, plain) * (last - first)
 
     def _padded(self, num_tokens: int) -> int:
         return -(-num_tokens // self.multiple) * self.multiple
+
+
+def _least(num_tokens: int, seconds: float) -> float:
+    """Seconds that one more token than in such a step costs: what was measured may be flat by chance."""
+    return _LEAST * seconds / max(num_tokens, 1)
 
 
 class DraftBudget:

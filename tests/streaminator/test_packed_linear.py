@@ -23,11 +23,9 @@ def compiled(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
-def make_packer(dtype: torch.dtype, compiled: bool) -> Packer:
-    if not compiled:
-        return Packer(None)
+def make_kernels(dtype: torch.dtype) -> Kernels:
     try:
-        return Packer(Kernels(dtype))
+        return Kernels(dtype)
     except KernelsMissingError as error:
         pytest.skip(f"no compiled kernels: {error}")
 
@@ -42,7 +40,7 @@ def layers(
         for index, (num_in, num_out) in enumerate(SHAPES)
     )
     packed = copy.deepcopy(plain)
-    packer = make_packer(dtype, compiled)
+    packer = Packer(make_kernels(dtype) if compiled else None)
     pack_linear(find_packable(packed, packer), packer)
     return plain, packed
 
@@ -135,8 +133,4 @@ def test_where_there_is_amx_it_is_used() -> None:
     # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), which sandboxes may refuse.
     if ctypes.CDLL(None).syscall(158, 0x1023, 18):
         pytest.skip("the system does not allow AMX")
-    try:
-        kernels = Kernels(torch.bfloat16)
-    except KernelsMissingError as error:
-        pytest.skip(f"no compiled kernels: {error}")
-    assert kernels._library.has_tiles()
+    assert make_kernels(torch.bfloat16)._library.has_tiles()

@@ -96,11 +96,8 @@ int product(const scalar *x, const scalar *packed, const scalar *bias, const sca
             for (int index = 0; index < ROWS && row + index < num_rows; index++)
                 for (int half = 0; half < 2; half++) {
                     int64_t column = panel * PANEL + half * LANES;
-                    int64_t at = (row + index) * num_outputs + column;
-                    vec sum = sums[index][half];
-                    if (bias) sum += load(bias + column);
-                    if (residual) sum += load(residual + at);
-                    store(out + at, sum);
+                    finish(sums[index][half], bias, residual, out, column,
+                           (row + index) * num_outputs + column);
                 }
         }
     if (coming) {

@@ -19,6 +19,14 @@ typedef struct {
 // Whether `tile_product` is there (`tiles.c`), which takes the place of `product` for multiples of DEPTH inputs.
 int has_tiles(void);
 
+// Add bias [columns] and residual, where there are such, to a vector of sums, and store it.
+static inline void finish(vec sum, const scalar *bias, const scalar *residual, scalar *out,
+                          int64_t column, int64_t at) {
+    if (bias) sum += load(bias + column);
+    if (residual) sum += load(residual + at);
+    store(out + at, sum);
+}
+
 int tile_product(const scalar *x, const scalar *packed, const scalar *bias, const scalar *residual,
                  scalar *out, int64_t num_rows, int64_t num_outputs, int64_t num_inputs,
                  int num_threads);

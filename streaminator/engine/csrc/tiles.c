@@ -103,11 +103,8 @@ int tile_product(const scalar *x, const scalar *packed, const scalar *bias, cons
                 for (int64_t n = 0; n < 2 * TILE && tile * TILE + n < num_rows; n++)
                     for (int64_t half = 0; half < PANEL; half += LANES) {
                         int64_t column = panel * PANEL + half;
-                        int64_t at = (tile * TILE + n) * num_outputs + column;
-                        vec sum = loadf(sums[n] + half);
-                        if (bias) sum += load(bias + column);
-                        if (residual) sum += load(residual + at);
-                        store(out + at, sum);
+                        finish(loadf(sums[n] + half), bias, residual, out, column,
+                               (tile * TILE + n) * num_outputs + column);
                     }
             }
         _tile_release();
