@@ -125,7 +125,8 @@ class Speculation:
             gains = [
                 gain._replace(rejected=[], rows=gain.rows[: len(gain.token_ids)]) for gain in gains
             ]
-        self.store.commit_all(gains, top_ids, top_probs)
+        may_wait = self.budget is not None and self.budget.goes_on_resting
+        self.store.commit_all(gains, top_ids, top_probs, may_wait=may_wait)
 
     def observe_step(
         self,

@@ -6,6 +6,7 @@ Used by: `engine.Engine`, with `--speculator memory`.
 
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +28,41 @@ def _warm_up() -> None:
     memory.commit(handles, one, one, ids, probs, one, one)
 
 
+class _Step(NamedTuple):
+    """What a step drew; a row of M most likely tokens for each of the gains' tokens."""
+
+    gains: Seq[Gain]
+    top_ids: NDArray[np.int64]
+    top_probs: NDArray[np.float32]
+
+
+def _joined(steps: Seq[_Step]) -> _Step:
+    """Steps, of which only the last may have drafted, as one: a gain for each sequence."""
+    gains: dict[Sequence, Gain] = {}
+    first = 0
+    for gain in (gain for step in steps for gain in step.gains):
+        rows = range(first, first := first + len(gain.rows))
+        sequence = gain.sequence
+        before = gains.get(sequence)
+        if before is None:
+            gains[sequence] = gain._replace(rows=list(rows))
+        else:
+            gains[sequence] = gain._replace(
+                token_ids=before.token_ids + gain.token_ids, rows=[*before.rows, *rows]
+            )
+    joined = list(gains.values())
+    order = np.array([row for gain in joined for row in gain.rows])
+    return _Step(
+        joined,
+        np.concatenate([step.top_ids for step in steps]).take(order, 0),
+        np.concatenate([step.top_probs for step in steps]).take(order, 0),
+    )
+
+
 class MemoryStore:
-    """Learns every token the moment it is drawn, with the distribution it was drawn from, and what
-    the model said after the first rejected drafts."""
+    """Learns every token with the distribution it was drawn from, and what the model said after the
+    first rejected drafts; at once, or, of a stream that rests from drafting, many steps together, which
+    costs less: the tables come from memory once for all."""
 
     def __init__(
         self,
@@ -55,6 +88,7 @@ class MemoryStore:
         self._kept: OrderedDict[str, None] = OrderedDict()
         self._num_kept_prompts = num_kept_prompts
         self._handles: dict[Sequence, int] = {}
+        self._waiting: list[_Step] = []
 
     @property
     def num_bytes(self) -> int:
@@ -80,24 +114,40 @@ class MemoryStore:
         return Guesses(chains, drafts.tokens[:, 1], drafts.survival)
 
     def commit_all(
-        self, gains: Seq[Gain], top_ids: NDArray[np.int64], top_probs: NDArray[np.float32]
+        self,
+        gains: Seq[Gain],
+        top_ids: NDArray[np.int64],
+        top_probs: NDArray[np.float32],
+        *,
+        may_wait: bool = False,
     ) -> None:
         """Learn a step's tokens, and how good its drafts were."""
-        if not gains:
+        if gains:
+            rows = np.array([row for gain in gains for row in gain.rows])
+            top_ids = top_ids[:, : self.num_top].take(rows, 0)
+            top_probs = top_probs[:, : self.num_top].take(rows, 0)
+            self._waiting.append(_Step(gains, top_ids, top_probs))
+        if not may_wait:
+            self._learn_waiting()
+
+    def _learn_waiting(self) -> None:
+        steps, self._waiting = self._waiting, []
+        if not steps:
             return
-        rows = np.array([row for gain in gains for row in gain.rows])
+        gains, top_ids, top_probs = steps[0] if len(steps) == 1 else _joined(steps)
         self._memory.commit(
             self._arrange([gain.sequence for gain in gains]),
             np.array([token for gain in gains for token in gain.token_ids], np.int64),
             np.array([len(gain.token_ids) for gain in gains], np.int64),
-            top_ids[:, : self.num_top].take(rows, 0),
-            top_probs[:, : self.num_top].take(rows, 0),
+            top_ids,
+            top_probs,
             np.array([token for gain in gains for token in gain.rejected], np.int64),
             np.array([len(gain.rejected) for gain in gains], np.int64),
         )
 
     def finish(self, sequence: Sequence, *, has_failed: bool) -> None:
-        """The completion has ended; its tokens are learned already."""
+        """The completion has ended: what it says is there for the prompt's next one."""
+        self._learn_waiting()
         self._memory.finish(self._handles.pop(sequence))
 
     def drop(self, prompt: Prompt) -> None:

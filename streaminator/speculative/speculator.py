@@ -87,7 +87,12 @@ class Store(Protocol):
         ...
 
     def commit_all(
-        self, gains: Sequence[Gain], top_ids: NDArray[np.int64], top_probs: NDArray[np.float32]
+        self,
+        gains: Sequence[Gain],
+        top_ids: NDArray[np.int64],
+        top_probs: NDArray[np.float32],
+        *,
+        may_wait: bool = False,
     ) -> None:
         """Learn what a step drew; called before the sequences that end with it finish.
 
@@ -95,6 +100,7 @@ class Store(Protocol):
             gains: of the sequences that were drawn for.
             top_ids: [R, M or more] the model's most likely tokens on each sampled row.
             top_probs: [R, M or more] their probabilities.
+            may_wait: this step drafted nothing, nor will the next one: it may be learned later.
         """
         ...
 

@@ -45,7 +45,9 @@ class SpeculatorStore:
         ]
         return Guesses(drafts)
 
-    def commit_all(self, gains: Seq[Gain], top_ids: object, top_probs: object) -> None:
+    def commit_all(
+        self, gains: Seq[Gain], top_ids: object, top_probs: object, *, may_wait: bool = False
+    ) -> None:
         """Nothing: an n-gram model learns finished completions."""
 
     def finish(self, sequence: Sequence, *, has_failed: bool) -> None:

@@ -104,6 +104,18 @@ def test_drafts_that_became_cheap_are_found_out() -> None:
     assert all(drafted[-100:])
 
 
+def test_drafts_that_stay_dear_are_tried_ever_more_seldom() -> None:
+    budget = DraftBudget(StepCosts([8, 16, 32], [1.0, 2.0, 4.0]))
+    tried = []
+    for step in range(3000):
+        rests = budget.rests()
+        num = 0 if rests else int(budget.cut(chains(*[[0.6]] * 8), 8, 8).sum())
+        budget.observe(8 + num, 0, num, 8 + 0.6 * num, 0.6 * num, 1 + num / 8, 0.01)
+        if num:
+            tried.append(step)
+    assert sum(step >= 1000 for step in tried) in range(5, 12), tried
+
+
 def test_a_faster_machine_is_no_reason_to_draft_more() -> None:
     """Steps of one size only tell how fast the machine is, not what a wider step costs more."""
     costs = StepCosts([8, 16], [1.0, 1.5])
