@@ -13,7 +13,7 @@ that are chosen are more often overrated than underrated (the optimizer's curse,
 Drafting takes time, too. Where it lately brought less than that, the next step does without, then two,
 four, up to `_LONGEST_REST`, as long as the draft in between says the same. After the longest, a few drafts
 are verified for half of their price, since a price that nothing is bought for is not known for long; and
-where that shows that they do not pay, after two such rests, then four, up to `_MOST_LOOKS`.
+where that shows that they do not pay, after two such rests, then four, up to `_MOST_RESTS`.
 
 Invariants
 - Changes speed, never a token.
@@ -42,7 +42,7 @@ _FEW = 1 / 8  # of a step's tokens may be a prompt's where its cost counts
 _FAR = 1000.0  # times the largest size measured
 _MIN_FLOOR, _MAX_FLOOR = 0.02, 0.9
 _LONGEST_REST = 16  # steps without a draft
-_MOST_LOOKS = 16  # of such rests there is one behind which drafts cost half
+_MOST_RESTS = 16  # as long as that, from one look at half the price to the next
 _MARGIN = 1.1  # times their price is what drafts must bring: it is known no better
 _BOLD = 0.5  # of their price is what drafts may bring after such a rest, to see what they cost now,
 _FEW_BOLD, _LEAST_BOLD = 1 / 4, 16  # and they may be so many of the step's tokens, or of a tile
@@ -173,7 +173,8 @@ class DraftBudget:
         self._gained = self._weight = 0.0
         self._took: deque[float] = deque(maxlen=_NUM_TIMED)
         self._rest = self._num_rested = 0
-        self._num_looks = self._patience = 1  # to the next look at half the price, and from it on
+        # Longest rests to the next look at half the price, and from that one to the next.
+        self._num_rests = self._patience = 1
         # What is compiled is compiled now, or loaded, not while a step is measured.
         self.cut(np.zeros((1, 2, 1), np.float32), 1, 1)
 
@@ -208,8 +209,8 @@ class DraftBudget:
         # Steps that only computed prompts gained nothing; without sequences nothing can pay.
         speed = self._tokens / self._seconds if self._tokens else num / costs(num_tokens)
         # What is never tried would never become cheaper.
-        self._num_looks -= self._rest == _LONGEST_REST
-        is_bold = self._num_looks == 0
+        self._num_rests -= self._rest == _LONGEST_REST
+        is_bold = self._num_rests == 0
         most = costs.max_tokens
         if is_bold:
             most = min(max(int(_FEW_BOLD * num_tokens), _LEAST_BOLD), most)
@@ -229,8 +230,8 @@ class DraftBudget:
                 self._rest = 0
                 self._patience = 1
             else:
-                self._patience = min(2 * self._patience, _MOST_LOOKS)
-            self._num_looks = self._patience
+                self._patience = min(2 * self._patience, _MOST_RESTS)
+            self._num_rests = self._patience
         self._gained = _FORGET * self._gained + (gain / speed if gain > 0 else 0.0)
         return pays
 

@@ -90,29 +90,28 @@ def test_what_steps_really_cost_is_learned() -> None:
     assert budget.cut(survival, 8, 8).sum() == 0
 
 
-def test_drafts_that_became_cheap_are_found_out() -> None:
-    """Measured while the machine was busy with something else, none would ever be tried."""
+def num_drafted(price: float, num_steps: int) -> list[int]:
+    """In each step, where one without drafts takes 1 s, and 8 of them are said to take 1 s more but take `price`."""
     budget = DraftBudget(StepCosts([8, 16, 32], [1.0, 2.0, 4.0]))
     drafted = []
-    for _ in range(600):
+    for _ in range(num_steps):
         rests = budget.rests()
         num = 0 if rests else int(budget.cut(chains(*[[0.6]] * 8), 8, 8).sum())
-        seconds = 1.0 + 0.2 * num / 8
-        budget.observe(8 + num, 0, num, 8 + round(0.6 * num), round(0.6 * num), seconds, 0.01)
+        accepted = round(0.6 * num)
+        budget.observe(8 + num, 0, num, 8 + accepted, accepted, 1 + price * num / 8, 0.01)
         drafted.append(num)
+    return drafted
+
+
+def test_drafts_that_became_cheap_are_found_out() -> None:
+    """Measured while the machine was busy with something else, none would ever be tried."""
+    drafted = num_drafted(0.2, 600)
     assert drafted[:5] == [0] * 5
     assert all(drafted[-100:])
 
 
 def test_drafts_that_stay_dear_are_tried_ever_more_seldom() -> None:
-    budget = DraftBudget(StepCosts([8, 16, 32], [1.0, 2.0, 4.0]))
-    tried = []
-    for step in range(3000):
-        rests = budget.rests()
-        num = 0 if rests else int(budget.cut(chains(*[[0.6]] * 8), 8, 8).sum())
-        budget.observe(8 + num, 0, num, 8 + 0.6 * num, 0.6 * num, 1 + num / 8, 0.01)
-        if num:
-            tried.append(step)
+    tried = np.flatnonzero(num_drafted(1.0, 3000))
     assert sum(step >= 1000 for step in tried) in range(5, 12), tried
 
 
