@@ -98,6 +98,11 @@ class ModelConfig:
         "on a GPU: attention reads the KV blocks where they lie, by kernels of Triton",
         tokens=True,
     )
+    cuda_graphs: bool = _option(
+        True,
+        "on a GPU: replay the forward of steps of a shape that was met before; needs paged_attention",
+        tokens=True,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

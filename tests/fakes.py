@@ -17,6 +17,7 @@ from streaminator.config import EngineConfig, ModelConfig, SamplingParams, Specu
 from streaminator.engine.block_manager import NULL_BLOCK, BlockManager
 from streaminator.engine.engine import Engine
 from streaminator.engine.model_runner import ModelRunner
+from streaminator.engine.sampler import Drawn, to_host
 from streaminator.engine.scheduler import Scheduler
 from streaminator.sequence import Completion, Prompt
 from streaminator.sequence import Sequence as Flying
@@ -160,6 +161,15 @@ PROMPTS = [make_prompt(f"p{n}", random_tokens(n, seed=n), 3) for n in (4, 19, 33
 TOKENIZER = letters_tokenizer()
 
 Draws = dict[tuple[str, int], Completion]
+
+
+def settled(drawn: Drawn) -> Drawn:
+    """What the stream reads of it."""
+    tokens, logprobs, *tops = to_host(drawn)
+    kind = drawn.logprobs.dtype
+    return Drawn(
+        torch.tensor(tokens), torch.tensor(logprobs, dtype=kind), *map(torch.from_numpy, tops)
+    )
 
 
 def sampling(**changes: Any) -> SamplingParams:

@@ -10,6 +10,7 @@ Used by: `engine.Engine`, `step_costs` (make it), `model_runner`, `fused_model`,
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ ROW_MULTIPLE = 8
 very few rows (this project's own may, see `ModelRunner.row_multiple`): with either, a token's value
 would depend, in the last bit, on how many others are in the batch."""
 
+_MOST_SHORT = 16  # queries: sequences with more are a group of their own in a padded step
+_KEYS = 256  # a padded step's block tables have room for 1, 2, 4 ... times as many
 _ROOM = 2**17  # numbers of a step that go to a GPU in one copy
 _ALIGNMENT = 16  # numbers; Triton compiles anew for pointers that are not multiples of 16 bytes
 
@@ -87,6 +90,9 @@ class Batch:
     lines: Lines | None
     """None where the groups are given."""
     _groups: list[AttentionGroup] | None = None
+    numbers: torch.Tensor | None = None
+    """Of a padded step all that the forward reads, in one piece: of steps of the same `shape` each
+    number has the same place in it."""
 
     @property
     def groups(self) -> list[AttentionGroup]:
@@ -96,6 +102,13 @@ class Batch:
             self._groups = _make_groups(self.lines, torch.from_numpy)
         return self._groups
 
+    @property
+    def shape(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes of all that the forward reads."""
+        sizes = self.input_ids.shape[1], len(self.slot_mapping), len(self.sampled_rows)
+        groups = ((*g.rows.shape, g.block_table.shape[1], g.has_own_keys) for g in self.groups)
+        return (sizes, *groups)
+
 
 def pack(
     sequences: Seq[Sequence],
@@ -103,9 +116,14 @@ def pack(
     block_size: int,
     device: torch.device,
     row_multiple: int = ROW_MULTIPLE,
+    pads: bool = False,
 ) -> Batch:
     """Lay out each sequence's scheduled tokens and its draft, one sequence after another, then the
     second choices of all, padded to a multiple of `row_multiple` rows.
+
+    With `pads` everything is padded to few sizes, so that many steps have the same shape. Rows of
+    padding write to the null block; sequences of padding attend in the last row, which is nobody's.
+    Only paged attention can read that.
     """
     tokens: list[int] = []
     rows: list[tuple[int, int, int, int, int]] = []
@@ -142,29 +160,53 @@ def pack(
     sampled = np.flatnonzero(packed >= first_sampled[owners])
     drawers = owners[sampled]
     lines = Lines(starts, counts, firsts, tables, slots, len(rows) - len(sequences))
-    upload = _Upload(device) if device.type == "cuda" else None
+    if pads:
+        num_rows, num_sampled_rows = _rung(len(tokens) + 1), _rung(max(len(sampled), 1))
+        padding = _Padding(num_rows - 1, block_size)
+    else:
+        num_rows = _ceil(len(tokens), row_multiple) * row_multiple
+        num_sampled_rows = _ceil(len(sampled), ROW_MULTIPLE) * ROW_MULTIPLE
+        padding = None
+    upload = _Upload(device) if pads or device.type == "cuda" else None
     tensor = upload or torch.from_numpy
     batch = Batch(
-        input_ids=tensor(_padded(tokens, row_multiple))[None],
-        positions=tensor(_padded(positions, row_multiple))[None],
-        slot_mapping=tensor(slots),
-        sampled_rows=tensor(_padded(sampled, ROW_MULTIPLE)),
+        input_ids=tensor(_padded(tokens, num_rows))[None],
+        positions=tensor(_padded(positions, num_rows))[None],
+        slot_mapping=tensor(_padded(slots, num_rows) if pads else slots),
+        sampled_rows=tensor(_padded(sampled, num_sampled_rows)),
+        _groups=_make_groups(lines, upload, padding) if upload else None,
+        numbers=upload.numbers if upload and pads else None,
+        # What the forward does not read comes last: its size is not padded.
         noise_keys=tensor(keys[drawers]),
         noise_positions=tensor(sampled + (num_drawn - first_sampled)[drawers]),
         num_tokens=len(tokens),
         lines=lines,
     )
     if upload is not None:
-        batch._groups = _make_groups(lines, upload)
         upload.send()
     return batch
 
 
-def _padded(numbers: Seq[int] | np.ndarray, multiple: int) -> np.ndarray:
-    """`numbers`, and zeros up to the next multiple."""
-    padded = np.zeros(-(-len(numbers) // multiple) * multiple, dtype=np.int64)
-    padded[: len(numbers)] = numbers
+def _padded(numbers: Seq[int] | np.ndarray, *shape: int) -> np.ndarray:
+    """`numbers`, and zeros behind them up to `shape`."""
+    padded = np.zeros(shape, dtype=np.int64)
+    padded[tuple(slice(length) for length in np.shape(numbers))] = numbers
     return padded
+
+
+def _rung(number: int) -> int:
+    """The next of 8, 16 ... 64, then of four sizes per power of two."""
+    step = max(8, 1 << max((number - 1).bit_length() - 3, 0))
+    return _ceil(number, step) * step
+
+
+def _power(number: int, base_bits: int = 1) -> int:
+    """The next power of 2 ** `base_bits`."""
+    return 1 << _ceil((number - 1).bit_length(), base_bits) * base_bits
+
+
+def _ceil(number: int, divisor: int) -> int:
+    return -(-number // divisor)
 
 
 class _Upload:
@@ -179,11 +221,18 @@ class _Upload:
         self._host = torch.empty(room, dtype=torch.int64, pin_memory=is_pinned)
         self._device = torch.empty(room, dtype=torch.int64, device=device)
         self._used = 0
+        self._is_whole = True
+
+    @property
+    def numbers(self) -> torch.Tensor | None:
+        """All so far, in one piece; None where there was no room for all."""
+        return self._device[: self._used] if self._is_whole else None
 
     def __call__(self, values: np.ndarray) -> torch.Tensor:
         new = torch.from_numpy(values)
         end = self._used + new.numel()
         if end > len(self._host):
+            self._is_whole = False
             return new.to(self._device.device)
         self._host[self._used : end] = new.flatten()
         placed = self._device[self._used : end].view(new.shape)
@@ -196,15 +245,27 @@ class _Upload:
         self._device[:end].copy_(self._host[:end], non_blocking=True)
 
 
-def _make_groups(lines: Lines, tensor: _ToTensor) -> list[AttentionGroup]:
+class _Padding(NamedTuple):
+    """How to pad groups."""
+
+    spare_row: int
+    block_size: int
+
+
+def _make_groups(
+    lines: Lines, tensor: _ToTensor, padding: _Padding | None = None
+) -> list[AttentionGroup]:
     first_second = len(lines.counts) - lines.num_seconds
-    groups = [
-        _group(lines, members, tensor)
-        for members in _group_by_length(lines.counts[:first_second].tolist())
-    ]
+    counts = lines.counts[:first_second].tolist()
+    if padding is None:
+        members = _group_by_length(counts)
+    else:
+        is_short = np.array(counts) <= _MOST_SHORT
+        members = [part.tolist() for part in (np.flatnonzero(is_short), np.flatnonzero(~is_short))]
+    groups = [_group(lines, part, tensor, padding) for part in members if part]
     if lines.num_seconds:
         seconds = list(range(first_second, len(lines.counts)))
-        groups.append(replace(_group(lines, seconds, tensor), has_own_keys=True))
+        groups.append(replace(_group(lines, seconds, tensor, padding), has_own_keys=True))
     return groups
 
 
@@ -220,15 +281,28 @@ def _group_by_length(lengths: Seq[int]) -> list[list[int]]:
     return groups
 
 
-def _group(lines: Lines, members: list[int], tensor: _ToTensor) -> AttentionGroup:
+def _group(
+    lines: Lines, members: list[int], tensor: _ToTensor, padding: _Padding | None
+) -> AttentionGroup:
     counts = lines.counts[members][:, None]
     places = np.arange(counts.max())[None]
     is_valid = places < counts
     tables = lines.tables[members]
     used = int(np.flatnonzero(tables.any(0)).max(initial=0)) + 1
+    tables = tables[:, :used]
+    rows = np.where(is_valid, lines.starts[members][:, None] + places, 0)
+    positions = np.where(is_valid, lines.firsts[members][:, None] + places, 0)
+    valid = None if padding or is_valid.all() else tensor(np.flatnonzero(is_valid))
+    if padding:
+        num_lines, num_queries = _power(len(members)), _power(rows.shape[1], 2)
+        num_keys = _power(_ceil(used * padding.block_size, _KEYS)) * _KEYS
+        tables = _padded(tables, num_lines, _ceil(num_keys, padding.block_size))
+        rows = _padded(rows, num_lines, num_queries)
+        positions = _padded(positions, num_lines, num_queries)
+        rows[len(members) :, 0] = padding.spare_row
     return AttentionGroup(
-        rows=tensor(np.where(is_valid, lines.starts[members][:, None] + places, 0)),
-        block_table=tensor(tables[:, :used]),
-        query_positions=tensor(np.where(is_valid, lines.firsts[members][:, None] + places, 0)),
-        valid=None if is_valid.all() else tensor(np.flatnonzero(is_valid)),
+        rows=tensor(rows),
+        block_table=tensor(tables),
+        query_positions=tensor(positions),
+        valid=valid,
     )

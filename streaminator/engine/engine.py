@@ -8,7 +8,8 @@ Each step: schedule -> draft -> pack -> forward -> sample -> verify -> commit ->
     draft     engine/speculation.py -> speculative/memory_store.py -> memory.py; store.py -> ngram.py
     pack      engine/batch.py
     forward   engine/model_runner.py -> the Hugging Face model -> engine/attention.py, kv_cache.py;
-              Llamas on a CPU: fused_model.py -> fused_layers.py -> kernels.py
+              Llamas on a CPU: fused_model.py -> fused_layers.py -> kernels.py;
+              on a GPU: step_graphs.py -> paged_attention.py
     sample    engine/sampler.py
     verify    speculative/verify.py
     commit    `Engine._commit` here, engine/stopping.py
@@ -30,7 +31,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from streaminator.config import EngineConfig, SamplingParams, SpeculatorConfig
-from streaminator.engine.batch import pack
 from streaminator.engine.block_manager import BlockManager
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.sampler import INVALID_TOKEN, noise_key, sample, to_host
@@ -179,7 +179,7 @@ class Engine:
         Out of device memory, nothing has happened yet: it can be called again, after
         `scheduler.narrow`.
         """
-        clock = StepClock(self.runner.synchronize)
+        clock = StepClock(self.runner.device)
         sequences = self.scheduler.schedule()
         clock.lap("schedule")
         if not sequences:
@@ -187,12 +187,7 @@ class Engine:
         drafting, survival = self._speculation.draft(sequences, self.scheduler.reserve_draft)
         clock.lap("draft")
         self.runner.clear(self._cache, self.scheduler.block_manager.take_handed_out())
-        batch = pack(
-            sequences,
-            block_size=self._cache.block_size,
-            device=self.runner.device,
-            row_multiple=self.runner.row_multiple,
-        )
+        batch = self.runner.pack(sequences, self._cache.block_size)
         clock.lap("pack")
         logits = self.runner.forward(batch, self._cache)
         clock.lap("forward")

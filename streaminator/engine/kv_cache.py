@@ -24,7 +24,8 @@ class LayerShape:
 
 
 class KVCache:
-    """Per layer one key and one value tensor [N, S, K, H]; block 0 stays zero."""
+    """Per layer one key and one value tensor [N, S, K, H]; block 0 is nobody's. It stays zero, but for
+    its first place where steps are padded, whose padding is written there."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 
 from streaminator.config import EngineConfig, ModelConfig
 from streaminator.engine.attention import NAME, LayerCall, Stream, attention
-from streaminator.engine.batch import ROW_MULTIPLE, Batch
+from streaminator.engine.batch import ROW_MULTIPLE, Batch, pack
 from streaminator.engine.checkpoint import load_model
 from streaminator.engine.compile_kernels import KernelsMissingError
 from streaminator.engine.device import resolve_device, resolve_dtype
@@ -26,7 +26,9 @@ from streaminator.engine.kv_cache import KVCache, bytes_per_block
 from streaminator.engine.packed_linear import Packer, find_packable, pack_linear
 from streaminator.engine.paged_trial import why_not_paged
 from streaminator.engine.reproducible import separate_expert_rows
+from streaminator.engine.step_graphs import CudaCapture, StepGraphs
 from streaminator.errors import ConfigError, ModelError, first_line
+from streaminator.sequence import Sequence
 
 AttentionInterface.register(NAME, attention)
 
@@ -60,6 +62,9 @@ class ModelRunner:
         self._not_fused = ""
         self._pages = config.paged_attention and self.device.type == "cuda"
         self._use_paged: dict[int, bool] = {}
+        self._graphs: StepGraphs | None = None
+        if self._pages and config.cuda_graphs:
+            self._graphs = StepGraphs(self._run_model, CudaCapture(self.device))
         self._calls = self._probe()
         self.shapes = {layer: call.shape for layer, call in self._calls.items()}
 
@@ -193,22 +198,37 @@ class ModelRunner:
 
     def clear(self, cache: KVCache, blocks: list[int]) -> None:
         """See to it that nothing is left of the last owners of blocks that are handed out anew."""
-        if blocks and not self._fused:  # whose kernels do it where they begin a block
+        # Fused layers do it where they begin a block; paged attention reads what was written only.
+        if blocks and not self._fused and not self._reads_blocks(cache.block_size):
             cache.clear(blocks)
+
+    def pack(self, sequences: list[Sequence], block_size: int) -> Batch:
+        """A step's work on the device, for `forward`."""
+        return pack(
+            sequences,
+            block_size=block_size,
+            device=self.device,
+            row_multiple=self.row_multiple,
+            pads=self._graphs is not None and self._reads_blocks(block_size),
+        )
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """Logits [R, V] of the batch's sampled rows; keys and values go to the cache."""
-        if self._fused:
-            return self._fused(batch, cache)[: len(batch.noise_keys)]
+        """Logits [R, V] of the batch's sampled rows, until the next call; keys and values go to the
+        cache.
+        """
+        run = self._fused or self._graphs or self._run_model
+        return run(batch, cache)[: len(batch.noise_keys)]
+
+    def _run_model(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         output = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
             logits_to_keep=batch.sampled_rows,
             use_cache=False,
-            stream=Stream(batch, cache, self._use_paged.get(cache.block_size, False)),
+            stream=Stream(batch, cache, self._reads_blocks(cache.block_size)),
         )
-        return output.logits[0, : len(batch.noise_keys)]
+        return output.logits[0]
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next tells the truth."""
@@ -248,6 +268,9 @@ class ModelRunner:
     def is_paged(self) -> bool:
         """Whether attention reads the KV blocks where they lie."""
         return any(self._use_paged.values())
+
+    def _reads_blocks(self, block_size: int) -> bool:
+        return self._use_paged.get(block_size, False)
 
     def _try_paged(self, block_size: int) -> None:
         if not self._pages or block_size in self._use_paged:

@@ -20,6 +20,7 @@ Used by: `engine.Engine`.
 """
 
 import math
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -32,6 +33,8 @@ from streaminator.engine.kernels import Kernels
 NUM_CANDIDATES = 64
 INVALID_TOKEN = -1
 """Stands for a token where the logits were not finite."""
+_UNSETTLED = -2
+"""Stands for a token that `Drawn.settle` draws."""
 
 # Take a token id's place in the hash: the event "none of the candidates", and the choice then.
 _REST = -1
@@ -42,7 +45,7 @@ class Drawn(NamedTuple):
     """One token per row, and what the model said about it."""
 
     tokens: torch.Tensor
-    """[R], `INVALID_TOKEN` where a row's logits hold NaN or +inf."""
+    """[R], `INVALID_TOKEN` where a row's logits hold NaN or +inf; -2 where it takes `settle`."""
     logprobs: torch.Tensor
     """[R] log-probability under the model at temperature 1 without filters."""
     top_ids: torch.Tensor
@@ -50,10 +53,23 @@ class Drawn(NamedTuple):
     top_probs: torch.Tensor
     """[R, M] their probabilities at the sampling temperature (at 1 where that is 0), before
     filters; float32."""
+    settle: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    """Tokens and log-probabilities of given rows [n], from all of the vocabulary. Few rows need it;
+    asking a GPU which ones before the tokens are read would make the host wait twice in a step."""
 
 
 def to_host(drawn: Drawn) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
-    """The fields of `drawn`, where the stream's other parts use them."""
+    """Tokens, log-probabilities, most likely tokens and their probabilities, all settled."""
+    tokens, logprobs, top_ids, top_probs = _to_host(drawn)
+    rows = [row for row, token in enumerate(tokens) if token == _UNSETTLED]
+    if rows and drawn.settle:
+        settled = drawn.settle(torch.tensor(rows, device=drawn.tokens.device))
+        for row, token, logprob in zip(rows, *(x.tolist() for x in settled), strict=True):
+            tokens[row], logprobs[row] = token, logprob
+    return tokens, logprobs, top_ids, top_probs
+
+
+def _to_host(drawn: Drawn) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
     if drawn.tokens.device.type == "cpu":
         tops = drawn.top_ids.numpy(), drawn.top_probs.numpy()
         return drawn.tokens.tolist(), drawn.logprobs.tolist(), *tops
@@ -121,17 +137,31 @@ def sample(
         tokens = logits.argmax(-1)
         top_logits, top_ids = _likeliest(logits, min(num_top, logits.shape[-1]))
         top_probs = (top_logits - log_total[:, None]).exp().float()
+        draw_rows = None
     else:
-        tokens, top_ids, top_probs = _draw(logits, keys, positions, params)
-    logprobs = logits.gather(-1, tokens[:, None])[:, 0] - log_total
+        tokens, top_ids, top_probs, draw_rows = _draw(logits, keys, positions, params)
+
+    def logprobs_of(rows: torch.Tensor | slice, tokens: torch.Tensor) -> torch.Tensor:
+        return logits[rows].gather(-1, tokens.clamp(min=0)[:, None])[:, 0] - log_total[rows]
+
+    def settle(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert draw_rows is not None
+        tokens = draw_rows(rows)
+        return tokens, logprobs_of(rows, tokens)
+
+    logprobs = logprobs_of(slice(None), tokens)
     tokens = torch.where(log_total.isfinite(), tokens, INVALID_TOKEN)
-    return Drawn(tokens, logprobs, top_ids[:, :num_top], top_probs[:, :num_top])
+    return Drawn(
+        tokens, logprobs, top_ids[:, :num_top], top_probs[:, :num_top], draw_rows and settle
+    )
 
 
 def _draw(
     logits: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, params: SamplingParams
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens [R], and the candidates' ids and probabilities [R, C], most likely first."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
+    """Tokens [R], the candidates' ids and probabilities [R, C], most likely first, and what draws
+    the tokens of rows [n] that are not settled.
+    """
     size = logits.shape[-1]
     num = min(size, max(NUM_CANDIDATES, params.top_k))
     values, ids = _likeliest(logits, num)
@@ -145,27 +175,29 @@ def _draw(
     best, index = (scores + gumbel(keys, positions, ids)).max(-1)
     tokens = ids.gather(-1, index[:, None])[:, 0]
     if num == size or params.top_k:
-        return tokens, *top
-    # Rows are looked at one by one: which way a row goes must not depend on the others.
+        return tokens, *top, None
     if is_filtered:
-        rows = _reaches_past(logprobs, rest_mass, params).nonzero()[:, 0]
-        if len(rows):
+
+        def draw_rows(rows: torch.Tensor) -> torch.Tensor:
             values, order = scaled[rows].sort(dim=-1, descending=True, stable=True)
             logprobs = _filter(values.log_softmax(-1).double(), params)
             index = (logprobs + gumbel(keys[rows], positions[rows], order)).argmax(-1)
-            tokens[rows] = order.gather(-1, index[:, None])[:, 0]
-        return tokens, *top
+            return order.gather(-1, index[:, None])[:, 0]
+
+        is_unsettled = _reaches_past(logprobs, rest_mass, params)
+        return torch.where(is_unsettled, _UNSETTLED, tokens), *top, draw_rows
+
     rest = torch.full_like(ids[:, :1], _REST)
     rest_score = rest_mass.log() + gumbel(keys, positions, rest)[:, 0]
-    rows = (rest_score > best).nonzero()[:, 0]
-    if len(rows):
+
+    def draw_of_rest(rows: torch.Tensor) -> torch.Tensor:
         # Which token of the rest: by the inverse of its cumulative distribution.
         probs = (scaled[rows] - values[rows, :1]).double().exp().scatter(-1, ids[rows], 0)
         cumulative = probs.cumsum(-1)
         uniform = _uniform(keys[rows], positions[rows], torch.full_like(rest[rows], _WITHIN_REST))
-        index = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
-        tokens[rows] = index
-    return tokens, *top
+        return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+
+    return torch.where(rest_score > best, _UNSETTLED, tokens), *top, draw_of_rest
 
 
 def _likeliest(logits: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:

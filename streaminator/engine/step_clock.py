@@ -5,26 +5,42 @@ Used by: `engine.Engine`.
 """
 
 import time
-from collections.abc import Callable
+
+import torch
 
 
 class StepClock:
-    """Seconds per phase of one step, which begins now."""
+    """Seconds per phase of one step, which begins now.
 
-    def __init__(self, synchronize: Callable[[], None]) -> None:
-        """`synchronize` waits for the device."""
-        self._synchronize = synchronize
+    The host waits for a GPU once in a step, when it reads what was sampled. How much of that wait
+    is the forward's, the GPU's own clock says.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events: list[torch.cuda.Event] = []
         self._last = time.perf_counter()
         self.seconds: dict[str, float] = {}
         """By the names that `sequence.StepStats` has for them."""
 
     def lap(self, phase: str) -> None:
         """A phase ends."""
-        if phase in ("pack", "forward"):
-            self._synchronize()
+        if self._device.type == "cuda" and phase in ("pack", "forward"):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._events.append(event)
         now = time.perf_counter()
         self.seconds[f"seconds_{phase}"] = now - self._last
         self._last = now
+        if self._events and phase == "sample":
+            begun, ended = self._events
+            self._charge_forward(begun.elapsed_time(ended) / 1000)
+
+    def _charge_forward(self, on_device: float) -> None:
+        issued, waited = self.seconds["seconds_forward"], self.seconds["seconds_sample"]
+        forward = min(max(issued, on_device), issued + waited)
+        self.seconds["seconds_forward"] = forward
+        self.seconds["seconds_sample"] = issued + waited - forward
 
     @property
     def total(self) -> float:

@@ -12,7 +12,7 @@ from itertools import cycle, islice
 import torch
 
 from streaminator.config import EngineConfig, SamplingParams
-from streaminator.engine.batch import ROW_MULTIPLE, pack
+from streaminator.engine.batch import ROW_MULTIPLE
 from streaminator.engine.kv_cache import KVCache, bytes_per_block
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.sampler import sample
@@ -219,12 +219,7 @@ def _step(
     ]  # fmt: skip
     runner.synchronize()
     start = time.perf_counter()
-    batch = pack(
-        sequences,
-        block_size=cache.block_size,
-        device=runner.device,
-        row_multiple=runner.row_multiple,
-    )
+    batch = runner.pack(sequences, cache.block_size)
     logits = runner.forward(batch, cache)
     with torch.inference_mode():
         keys, positions = batch.noise_keys, batch.noise_positions

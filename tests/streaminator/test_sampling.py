@@ -16,8 +16,8 @@ from transformers import (
 from streaminator.config import EngineConfig, SamplingParams
 from streaminator.engine import sampler
 from streaminator.engine.model_runner import ModelRunner
-from streaminator.engine.sampler import INVALID_TOKEN, NUM_CANDIDATES, gumbel, noise_key, sample
-from tests.fakes import draw, make_prompt, random_tokens
+from streaminator.engine.sampler import INVALID_TOKEN, NUM_CANDIDATES, Drawn, gumbel, noise_key
+from tests.fakes import draw, make_prompt, random_tokens, settled
 
 FILTERS = {
     "none": {},
@@ -29,6 +29,12 @@ FILTERS = {
     "min_p": {"min_p": 0.1},
     "all": {"temperature": 0.7, "top_k": 12, "top_p": 0.9, "min_p": 0.02},
 }
+
+
+def sample(
+    logits: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, params: SamplingParams
+) -> Drawn:
+    return settled(sampler.sample(logits, keys, positions, params))
 
 
 def random_logits(num_rows: int, size: int, spread: float, seed: int = 0) -> torch.Tensor:

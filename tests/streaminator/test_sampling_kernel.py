@@ -10,6 +10,7 @@ from streaminator.config import SamplingParams
 from streaminator.engine.compile_kernels import KernelsMissingError
 from streaminator.engine.kernels import Kernels
 from streaminator.engine.sampler import INVALID_TOKEN, Drawn, sample
+from tests.fakes import settled
 from tests.streaminator.test_sampling import assert_follows, random_logits
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -31,7 +32,7 @@ def both(
     params = SamplingParams(temperature=temperature)
     kernels = load(logits.dtype)
     return (
-        sample(logits, keys, positions, params, num_top),
+        settled(sample(logits, keys, positions, params, num_top)),
         sample(logits, keys, positions, params, num_top, kernels),
     )
 
@@ -117,7 +118,7 @@ def test_a_row_that_is_not_finite_is_invalid_and_the_others_are_not_touched(
     _, drawn = both(logits, temperature, num_top=5)
     assert drawn.tokens[[2, 4]].tolist() == [INVALID_TOKEN] * 2
     rest = torch.tensor([0, 1, 3, 5])
-    for field, before in zip(drawn, clean, strict=True):
+    for field, before in zip(drawn[:4], clean[:4], strict=True):
         assert torch.equal(field[rest], before[rest])
 
 
@@ -135,7 +136,7 @@ def test_a_row_has_the_same_bits_alone_and_with_any_number_of_threads(dtype: tor
             for row in range(50):
                 one = slice(row, row + 1)
                 alone = sample(logits[one], keys[one], keys[one], params, 8, kernels)
-                for field, whole in zip(alone, together, strict=True):
+                for field, whole in zip(alone[:4], together[:4], strict=True):
                     assert torch.equal(field, whole[one])
     finally:
         torch.set_num_threads(num_threads)

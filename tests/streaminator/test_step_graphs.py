@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps that are replayed draw what steps that are run draw.
+
+No CUDA graph can be had without a card: here what was captured is run again, on the memory that it
+was captured with, which is what a graph would do. The tests marked `gpu` have real ones.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from streaminator.config import EngineConfig, ModelConfig, SamplingParams, SpeculatorConfig
+from streaminator.engine.kv_cache import KVCache
+from streaminator.engine.model_runner import ModelRunner
+from streaminator.engine.paged_attention import has_triton
+from streaminator.engine.step_graphs import MOST_GRAPHS, StepGraphs, Work
+from streaminator.sequence import Prompt, Sequence
+from tests.fakes import (
+    NO_SPECULATION,
+    Draws,
+    drain,
+    draw,
+    make_engine,
+    make_prompt,
+    random_tokens,
+    save_model,
+    tokens,
+)
+
+pytestmark = [
+    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
+    pytest.mark.usefixtures("interpreter"),
+]
+
+BLOCK = 16
+SAMPLING = SamplingParams(temperature=0.8, max_length=10, ignore_eos=True)
+STREAM = EngineConfig(stream_width=2)
+# Triton's interpreter is slow: one layer, one KV head, and few tokens.
+SMALL = {"num_hidden_layers": 1, "num_key_value_heads": 1}
+SHORT = [make_prompt(f"p{n}", random_tokens(n, seed=n), 2) for n in (3, 20)]
+# Its completions reach a second split of keys.
+PROMPTS = [*SHORT, make_prompt("p250", random_tokens(250, seed=250), 2)]
+
+
+class Captures:
+    """Stands for a card: counts what is captured and replayed."""
+
+    def __init__(self) -> None:
+        self.num_captured = self.num_replayed = 0
+
+    def __call__(self, work: Work) -> Work:
+        self.num_captured += 1
+        work()
+
+        def replay() -> None:
+            self.num_replayed += 1
+            work()
+
+        return replay
+
+
+def paged_runner(folder: Path, capture: Callable[[Work], Work] | None) -> ModelRunner:
+    """A runner that pages on the CPU, and captures."""
+    config = ModelConfig(model_name=str(folder), dtype="float32", device="cpu", packed_linear=False)
+    runner = ModelRunner(config)
+    runner._pages = True
+    if capture is not None:
+        runner._graphs = StepGraphs(runner._run_model, capture)
+    return runner
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), "Llama", dtype=torch.float32, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> Draws:
+    """Drawn one by one, and by the attention that gathers."""
+    runner = ModelRunner(ModelConfig(model_name=str(folder), dtype="float32", device="cpu"))
+    alone = EngineConfig(stream_width=1)
+    return draw(runner, PROMPTS, sampling=SAMPLING, engine=alone, speculator=NO_SPECULATION)
+
+
+def draw_with(runner: ModelRunner, prompts: list[Prompt] = PROMPTS) -> Draws:
+    return draw(runner, prompts, sampling=SAMPLING, engine=STREAM, speculator=SpeculatorConfig())
+
+
+def test_replayed_steps_draw_the_same(folder: Path, expected: Draws) -> None:
+    """Drafts with second choices, chunks of prompts, and streams that are not full."""
+    captures = Captures()
+    runner = paged_runner(folder, captures)
+    drawn = draw_with(runner)
+    assert runner.is_paged
+    assert tokens(drawn) == tokens(expected)
+    assert sum(sum(completion.accepted) for completion in drawn.values()) > 0
+    assert captures.num_replayed > captures.num_captured > 0
+
+
+@pytest.mark.parametrize("problem", ["not permitted when stream is capturing", "other logits"])
+def test_where_graphs_fail_steps_run_without(
+    folder: Path, expected: Draws, problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(work: Work) -> Work:
+        if problem != "other logits":
+            raise RuntimeError(f"CUDA error: operation {problem}\nmore")
+        return lambda: None  # a graph that computes nothing
+
+    runner = paged_runner(folder, fail)
+    with caplog.at_level(logging.WARNING, "streaminator"):
+        drawn = tokens(draw_with(runner, SHORT))
+    assert drawn == {key: ids for key, ids in tokens(expected).items() if key in drawn}
+    assert [problem in message for message in caplog.messages] == [True]
+
+
+def test_a_cache_that_has_grown_is_captured_anew(folder: Path) -> None:
+    """What was captured would read and write where the keys lay before."""
+    captures = Captures()
+    runner = paged_runner(folder, captures)
+    engine = make_engine(
+        runner,
+        sampling=SAMPLING,
+        engine=replace(STREAM, stream_width=1),
+        speculator=NO_SPECULATION,
+        max_prompt_length=8,
+    )
+    first = drain(engine, [make_prompt("a", random_tokens(5, seed=1))])
+    before = captures.num_captured
+    drain(engine, [make_prompt("b", random_tokens(120, seed=2))])
+    again = drain(engine, [make_prompt("a", random_tokens(5, seed=1))])
+    assert captures.num_captured > before
+    assert tokens(again) == tokens(first)
+
+
+def step_of(num_drafted: int) -> list[Sequence]:
+    """One sequence, its newest token and a draft."""
+    prompt = make_prompt("p", (1,) * 4)
+    return [
+        Sequence(
+            prompt, 0, [1] * 5, 0, 0, 0.0,
+            block_table=list(range(1, 2 + (5 + num_drafted) // BLOCK)),
+            num_cached_tokens=4,
+            num_scheduled_tokens=1,
+            draft=[2] * num_drafted,
+        )
+    ]  # fmt: skip
+
+
+def test_only_so_many_graphs_are_kept(folder: Path) -> None:
+    captures = Captures()
+    runner = paged_runner(folder, captures)
+    runner._use_paged[BLOCK] = True
+    cache = KVCache(
+        runner.shapes, num_blocks=20, block_size=BLOCK, dtype=runner.dtype, device=runner.device
+    )
+    made: list[torch.Tensor] = []
+
+    def forward(batch: object, cache: object) -> torch.Tensor:
+        made.append(torch.zeros(1, 4))
+        return made[-1]
+
+    graphs = StepGraphs(forward, captures)
+    shapes = set()
+    for num_drafted in range(3 * MOST_GRAPHS):
+        batch = runner.pack(step_of(num_drafted), BLOCK)
+        shapes.add(batch.shape)
+        for _ in range(3):
+            graphs(batch, cache)
+    assert graphs.num_graphs == min(len(shapes), MOST_GRAPHS)
+    assert captures.num_captured == len(shapes)
+
+
+def test_steps_of_one_shape_have_their_numbers_in_the_same_places(folder: Path) -> None:
+    runner = paged_runner(folder, Captures())
+    runner._use_paged[BLOCK] = True
+    one, other = (runner.pack(step_of(num), BLOCK) for num in (2, 3))
+    assert one.shape == other.shape
+    assert one.numbers is not None
+    assert other.numbers is not None
+    one.numbers.copy_(other.numbers)
+    for mine, theirs in zip(one.groups, other.groups, strict=True):
+        assert torch.equal(mine.rows, theirs.rows)
+        assert torch.equal(mine.query_positions, theirs.query_positions)
+    assert torch.equal(one.input_ids, other.input_ids)
+    assert torch.equal(one.sampled_rows, other.sampled_rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "Qwen3-MoE"])
+def test_the_engine_draws_the_same_with_graphs(architecture: str, tmp_path: Path) -> None:
+    """Experts ask the host how many tokens each has: that one runs without, and says so."""
+    folder = save_model(tmp_path, architecture, dtype=torch.float32)
+    drawn = []
+    for graphs in (True, False):
+        config = ModelConfig(
+            model_name=str(folder), dtype="float32", device="cuda", cuda_graphs=graphs
+        )
+        runner = ModelRunner(config)
+        drawn.append(tokens(draw_with(runner)))
+        if graphs and architecture == "Llama":
+            assert runner._graphs is not None
+            assert runner._graphs.num_graphs > 0
+            assert not runner._graphs.why_not
+    assert drawn[0] == drawn[1]
