@@ -33,15 +33,18 @@ lint: setup
 bench: setup
 	$(BIN)/python -m jobs.benchmark $(ARGS)
 
-# The engines of others that the benchmark can run beside this one; 4 GB, about 10 minutes.
+# The engines of others that the benchmark can run beside this one; 6 GB, about 12 minutes.
 bench-peers:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r jobs/engines/peers.txt
 	.venv-peers/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-peers/bin/pip install --quiet --disable-pip-version-check --no-deps -r jobs/engines/peers-no-deps.txt
+	$(PYTHON) -m venv .venv-openvino
+	.venv-openvino/bin/pip install --quiet --disable-pip-version-check -r jobs/engines/openvino.txt
+	.venv-openvino/bin/pip install --quiet --disable-pip-version-check --no-deps -r jobs/engines/openvino-no-deps.txt
 
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf .venv .venv-peers dist
+	rm -rf .venv .venv-peers .venv-openvino dist

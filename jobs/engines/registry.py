@@ -17,15 +17,17 @@ from streaminator.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT / ".venv-peers"
+OPENVINO = ROOT / ".venv-openvino"
 SIBLINGS = "-siblings"
 """Behind a name of this engine's: with completions of one prompt in flight together."""
 OWN = ("plain", "speculative", "ngram", "memory", "plain-siblings", "memory-siblings")
 DEFAULT = ("plain", "speculative", "transformers")
-# name: module of the program, of another environment or not
-_PROGRAMS = {
-    **dict.fromkeys(OWN, ("own", False)),
-    **dict.fromkeys(("transformers", "transformers-batch"), ("transformers_peer", False)),
-    **dict.fromkeys(("vllm", "vllm-ngram", "vllm-suffix"), ("vllm_peer", True)),
+# name: module of the program, its environment if it is another one
+_PROGRAMS: dict[str, tuple[str, Path | None]] = {
+    **dict.fromkeys(OWN, ("own", None)),
+    **dict.fromkeys(("transformers", "transformers-batch"), ("transformers_peer", None)),
+    **dict.fromkeys(("vllm", "vllm-ngram", "vllm-suffix"), ("vllm_peer", PEERS)),
+    **dict.fromkeys(("openvino", "openvino-lookup"), ("openvino_peer", OPENVINO)),
 }
 NAMES = tuple(_PROGRAMS)
 _TCMALLOC = ("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4",)
@@ -62,12 +64,12 @@ def find_programs(names: Sequence[str]) -> tuple[list[Program], dict[str, str]]:
         if name not in _PROGRAMS:
             known = ", ".join(NAMES)
             raise ConfigError(f"--engines {name}: must be of {known}, or a program's .py file")
-        module, is_peer = _PROGRAMS[name]
-        python = str(PEERS / "bin" / "python") if is_peer else sys.executable
-        if not os.access(python, os.X_OK):
-            missing[name] = f"no environment {PEERS.name}; build it with `make bench-peers`"
+        module, home = _PROGRAMS[name]
+        python = str(home / "bin" / "python") if home else sys.executable
+        if home and not os.access(python, os.X_OK):
+            missing[name] = f"no environment {home.name}; build it with `make bench-peers`"
             continue
-        environment = _preloads() if is_peer else {}
+        environment = _preloads() if home == PEERS else {}
         programs.append(Program(name, (python, "-m", f"jobs.engines.{module}"), environment))
     return programs, missing
 

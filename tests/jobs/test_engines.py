@@ -14,7 +14,7 @@ from jobs.benchmark_report import overview
 from jobs.engines import registry
 from jobs.engines.client import Client, EngineFailedError
 from jobs.engines.protocol import Draw, Load, Run
-from jobs.engines.registry import PEERS, Program, find_programs
+from jobs.engines.registry import OPENVINO, PEERS, Program, find_programs
 from streaminator.config import JobConfig, ModelConfig, SamplingParams
 from streaminator.engine.model_runner import ModelRunner
 from tests.fakes import PROMPTS, VOCAB_SIZE, load_runner, save_model
@@ -175,7 +175,7 @@ def test_an_engine_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatc
 
 
 def test_a_missing_environment_is_one_line_with_how_to_build_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(registry, "PEERS", tmp_path / ".venv-peers")
+    monkeypatch.setitem(registry._PROGRAMS, "vllm", ("vllm_peer", tmp_path / ".venv-peers"))
     flags = ["--engines", "plain,vllm", "--repeats", "1", "--num_completions", "1"]
     monkeypatch.setattr(
         sys, "argv", ["benchmark", *make_inputs(tmp_path), *flags, "--max_length", "4"]
@@ -297,12 +297,17 @@ def test_a_mixture_has_no_roofline(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PEERS.is_dir(), reason="no .venv-peers; `make bench-peers` builds it")
-def test_vllm_draws_what_the_model_says(monkeypatch, capsys):
-    flags = ["--engines", "plain,vllm", "--temperature", "0", "--num_samples", "3"]
+@pytest.mark.parametrize("temperature", ["0", "0.8"])
+@pytest.mark.parametrize(
+    ("name", "home"), [("vllm", PEERS), ("openvino", OPENVINO), ("openvino-lookup", OPENVINO)]
+)
+def test_a_peer_draws_what_the_model_says(monkeypatch, capsys, name, home, temperature):
+    if not home.is_dir():
+        pytest.skip(f"no {home.name}; `make bench-peers` builds it")
+    flags = ["--engines", f"plain,{name}", "--temperature", temperature, "--num_samples", "3"]
     flags += ["--num_completions", "2", "--max_length", "16", "--stream_width", "2"]
     code, result = run(monkeypatch, capsys, *flags, "--repeats", "1", "--dtype", "float32")
     assert code == 0
     assert result["failed"] == {}
-    assert result["engines"]["vllm"]["check"]["is_correct"]
-    assert result["reference"] == "vllm"
+    assert result["engines"][name]["check"]["is_correct"]
+    assert result["reference"] == name
