@@ -277,6 +277,7 @@ def _describe(
         "gpu": runner.device_name if runner.device.type == "cuda" else None,
         "num_threads": _num_threads(),
         "mkl_cbwr": os.environ.get("MKL_CBWR"),
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "versions": versions(),
         "repeats": other.repeats,
         "settings": config.flat() | {"random_model": other.random_model},
