@@ -32,14 +32,15 @@ from streaminator.run_record import cpu_model
 
 _PROGRAM = "python -m jobs.linearity"
 _FULL = """
-WITH full_steps AS (
-    SELECT time, num_new_tokens, row_number() OVER (ORDER BY time) AS place
+WITH bounds AS (
+    SELECT min(time) AS first, max(time) AS last
     FROM read_parquet($steps) WHERE num_running = stream_width
 )
-SELECT sum(num_new_tokens) FILTER (place > 1) / date_diff('millisecond', min(time), max(time)) * 1000
-FROM full_steps
+SELECT sum(num_new_tokens) FILTER (time > first)
+       / nullif(date_diff('millisecond', first, last), 0) * 1000
+FROM read_parquet($steps), bounds WHERE time <= last GROUP BY first, last
 """
-"""Tokens per second between the first and the last step of a full stream."""
+"""Tokens per second from the first to the last step of a full stream."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -118,7 +119,12 @@ def _run(options: argparse.Namespace, problems: Path, output: Path, num: int) ->
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.sample", *flags], stdout=subprocess.DEVNULL
     )
-    _, status, usage = os.wait4(process.pid, 0)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise InputError(f"jobs.sample ended with {process.returncode}, for the reason above")
@@ -128,11 +134,16 @@ def _run(options: argparse.Namespace, problems: Path, output: Path, num: int) ->
     from streaminator.summary import summarise
 
     steps = str(output / "run" / "steps" / "*.parquet")
-    rate = duckdb.execute(_FULL, {"steps": steps}).fetchall()[0][0]
+    rates = duckdb.execute(_FULL, {"steps": steps}).fetchall()
+    if not rates or rates[0][0] is None:
+        raise InputError(
+            f"--stream_width {options.stream_width}: the stream of {num} prompts was never full; "
+            "give a narrower one"
+        )
     return {
-        "tokens_per_second": rate,
+        "tokens_per_second": rates[0][0],
         "overall": summarise(str(output / "run")).tokens_per_second,
-        "peak_mb": usage.ru_maxrss / 1000,
+        "peak_mb": usage.ru_maxrss * 1024 / 1e6,
     }
 
 

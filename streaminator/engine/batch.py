@@ -7,9 +7,9 @@ Shapes: T packed tokens (padded), B sequences of an attention group, Q queries p
 Used by: `engine.Engine`, `step_costs` (make it), `model_runner`, `fused_model`, `attention`, `sampler`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -22,13 +22,10 @@ ROW_MULTIPLE = 8
 very few rows (this project's own may, see `ModelRunner.row_multiple`): with either, a token's value
 would depend, in the last bit, on how many others are in the batch."""
 
+_MOST_PADDED = 1024  # tokens: longer steps keep a GPU busy for longer than their launches take
 _MOST_SHORT = 16  # queries: sequences with more are a group of their own in a padded step
 _KEYS = 256  # a padded step's block tables have room for 1, 2, 4 ... times as many
-_ROOM = 2**17  # numbers of a step that go to a GPU in one copy
 _ALIGNMENT = 16  # numbers; Triton compiles anew for pointers that are not multiples of 16 bytes
-
-
-_ToTensor = Callable[[np.ndarray], torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -36,7 +33,7 @@ class AttentionGroup:
     """Sequences of similar query length, attended in one padded call."""
 
     rows: torch.Tensor
-    """[B, Q] packed row of each query; 0 where padded, which is behind a sequence's first query."""
+    """[B, Q] packed row of each query; -1 where padded."""
     block_table: torch.Tensor
     """[B, M] KV blocks; the null block where padded."""
     query_positions: torch.Tensor
@@ -99,7 +96,8 @@ class Batch:
         """All lines, in groups of similar length; made on first use."""
         if self._groups is None:
             assert self.lines is not None
-            self._groups = _make_groups(self.lines, torch.from_numpy)
+            groups = _make_groups(self.lines, None)
+            self._groups = [group.place(torch.from_numpy) for group in groups]
         return self._groups
 
     @property
@@ -121,9 +119,8 @@ def pack(
     """Lay out each sequence's scheduled tokens and its draft, one sequence after another, then the
     second choices of all, padded to a multiple of `row_multiple` rows.
 
-    With `pads` everything is padded to few sizes, so that many steps have the same shape. Rows of
-    padding write to the null block; sequences of padding attend in the last row, which is nobody's.
-    Only paged attention can read that.
+    With `pads` all but long steps are padded to few sizes, so that many have the same shape. Rows
+    of padding write to the null block; only paged attention can read that.
     """
     tokens: list[int] = []
     rows: list[tuple[int, int, int, int, int]] = []
@@ -160,31 +157,44 @@ def pack(
     sampled = np.flatnonzero(packed >= first_sampled[owners])
     drawers = owners[sampled]
     lines = Lines(starts, counts, firsts, tables, slots, len(rows) - len(sequences))
-    if pads:
-        num_rows, num_sampled_rows = _rung(len(tokens) + 1), _rung(max(len(sampled), 1))
-        padding = _Padding(num_rows - 1, block_size)
+    if pads and len(tokens) <= _MOST_PADDED:
+        num_rows = _rung(len(tokens))
+        has_long = counts[: len(sequences)].max() > _MOST_SHORT
+        num_sampled_rows = _rung(max(len(sampled), 1)) if has_long else num_rows
+        slots, padding = _padded(slots, num_rows), block_size
     else:
         num_rows = _ceil(len(tokens), row_multiple) * row_multiple
         num_sampled_rows = _ceil(len(sampled), ROW_MULTIPLE) * ROW_MULTIPLE
         padding = None
-    upload = _Upload(device) if pads or device.type == "cuda" else None
-    tensor = upload or torch.from_numpy
-    batch = Batch(
-        input_ids=tensor(_padded(tokens, num_rows))[None],
-        positions=tensor(_padded(positions, num_rows))[None],
-        slot_mapping=tensor(_padded(slots, num_rows) if pads else slots),
-        sampled_rows=tensor(_padded(sampled, num_sampled_rows)),
-        _groups=_make_groups(lines, upload, padding) if upload else None,
-        numbers=upload.numbers if upload and pads else None,
+    read = [
+        _padded(tokens, num_rows),
+        _padded(positions, num_rows),
+        slots,
+        _padded(sampled, num_sampled_rows),
+    ]
+    noise = [keys[drawers], sampled + (num_drawn - first_sampled)[drawers]]
+    placed: Iterator[torch.Tensor]
+    if device.type == "cuda" or padding:
+        groups = _make_groups(lines, padding)
+        read += [array for group in groups for array in group.arrays]
         # What the forward does not read comes last: its size is not padded.
-        noise_keys=tensor(keys[drawers]),
-        noise_positions=tensor(sampled + (num_drawn - first_sampled)[drawers]),
+        upload = _Upload([*read, *noise], device)
+        placed = iter(upload.tensors)
+    else:
+        groups, upload = [], None
+        placed = map(torch.from_numpy, [*read, *noise])
+    return Batch(
+        input_ids=next(placed)[None],
+        positions=next(placed)[None],
+        slot_mapping=next(placed),
+        sampled_rows=next(placed),
+        _groups=[group.place(lambda _: next(placed)) for group in groups] if groups else None,
+        numbers=upload.numbers[: _room(read)] if upload and padding else None,
+        noise_keys=next(placed),
+        noise_positions=next(placed),
         num_tokens=len(tokens),
         lines=lines,
     )
-    if upload is not None:
-        upload.send()
-    return batch
 
 
 def _padded(numbers: Seq[int] | np.ndarray, *shape: int) -> np.ndarray:
@@ -209,63 +219,67 @@ def _ceil(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
+def _room(arrays: Seq[np.ndarray]) -> int:
+    """Numbers that they take in an upload."""
+    return sum(_ceil(array.size, _ALIGNMENT) * _ALIGNMENT for array in arrays)
+
+
 class _Upload:
     """A step's numbers, sent to the device in one copy: each alone costs the host more than it takes.
 
-    What a call returns has its numbers after `send`. PyTorch keeps the pinned memory until the copy
-    is done.
+    PyTorch keeps the pinned memory until the copy is done.
     """
 
-    def __init__(self, device: torch.device, *, room: int = _ROOM) -> None:
+    def __init__(self, arrays: Seq[np.ndarray], device: torch.device) -> None:
         is_pinned = device.type == "cuda"
-        self._host = torch.empty(room, dtype=torch.int64, pin_memory=is_pinned)
-        self._device = torch.empty(room, dtype=torch.int64, device=device)
-        self._used = 0
-        self._is_whole = True
+        host = torch.empty(_room(arrays), dtype=torch.int64, pin_memory=is_pinned)
+        self.numbers = torch.empty(len(host), dtype=torch.int64, device=device)
+        """All of them, in one piece."""
+        self.tensors: list[torch.Tensor] = []
+        """Each of them, on the device."""
+        first = 0
+        for array in arrays:
+            end = first + array.size
+            host[first:end] = torch.from_numpy(array).flatten()
+            self.tensors.append(self.numbers[first:end].view(array.shape))
+            first += _room([array])
+        self.numbers.copy_(host, non_blocking=True)
+
+
+class _Group(NamedTuple):
+    """An `AttentionGroup` on the host."""
+
+    rows: np.ndarray
+    block_table: np.ndarray
+    query_positions: np.ndarray
+    valid: np.ndarray | None
+    has_own_keys: bool
 
     @property
-    def numbers(self) -> torch.Tensor | None:
-        """All so far, in one piece; None where there was no room for all."""
-        return self._device[: self._used] if self._is_whole else None
+    def arrays(self) -> list[np.ndarray]:
+        return [x for x in self[:4] if x is not None]
 
-    def __call__(self, values: np.ndarray) -> torch.Tensor:
-        new = torch.from_numpy(values)
-        end = self._used + new.numel()
-        if end > len(self._host):
-            self._is_whole = False
-            return new.to(self._device.device)
-        self._host[self._used : end] = new.flatten()
-        placed = self._device[self._used : end].view(new.shape)
-        self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
-        return placed
-
-    def send(self) -> None:
-        """Start the copy."""
-        end = min(self._used, len(self._host))
-        self._device[:end].copy_(self._host[:end], non_blocking=True)
+    def place(self, tensor: Callable[[np.ndarray], torch.Tensor]) -> AttentionGroup:
+        """On the device, where `tensor` puts each of its arrays, in order."""
+        rows, table, positions = (tensor(x) for x in self[:3])
+        valid = None if self.valid is None else tensor(self.valid)
+        return AttentionGroup(rows, table, positions, valid, self.has_own_keys)
 
 
-class _Padding(NamedTuple):
-    """How to pad groups."""
-
-    spare_row: int
-    block_size: int
-
-
-def _make_groups(
-    lines: Lines, tensor: _ToTensor, padding: _Padding | None = None
-) -> list[AttentionGroup]:
+def _make_groups(lines: Lines, padding: int | None) -> list[_Group]:
+    """`padding`: the block size, where groups are padded to few sizes."""
     first_second = len(lines.counts) - lines.num_seconds
-    counts = lines.counts[:first_second].tolist()
+    counts = lines.counts[:first_second]
     if padding is None:
-        members = _group_by_length(counts)
+        members = _group_by_length(counts.tolist())
     else:
-        is_short = np.array(counts) <= _MOST_SHORT
+        is_short = counts <= _MOST_SHORT
         members = [part.tolist() for part in (np.flatnonzero(is_short), np.flatnonzero(~is_short))]
-    groups = [_group(lines, part, tensor, padding) for part in members if part]
+    groups = [_group(lines, part, padding) for part in members if part]
     if lines.num_seconds:
         seconds = list(range(first_second, len(lines.counts)))
-        groups.append(replace(_group(lines, seconds, tensor, padding), has_own_keys=True))
+        group = _group(lines, seconds, padding, least=first_second)
+        groups.append(group._replace(has_own_keys=True))
     return groups
 
 
@@ -281,28 +295,25 @@ def _group_by_length(lengths: Seq[int]) -> list[list[int]]:
     return groups
 
 
-def _group(
-    lines: Lines, members: list[int], tensor: _ToTensor, padding: _Padding | None
-) -> AttentionGroup:
+def _group(lines: Lines, members: list[int], padding: int | None, least: int = 1) -> _Group:
+    """`least`: sequences that it is padded to at least."""
     counts = lines.counts[members][:, None]
     places = np.arange(counts.max())[None]
     is_valid = places < counts
     tables = lines.tables[members]
-    used = int(np.flatnonzero(tables.any(0)).max(initial=0)) + 1
-    tables = tables[:, :used]
-    rows = np.where(is_valid, lines.starts[members][:, None] + places, 0)
+    rows = np.where(is_valid, lines.starts[members][:, None] + places, -1)
     positions = np.where(is_valid, lines.firsts[members][:, None] + places, 0)
-    valid = None if padding or is_valid.all() else tensor(np.flatnonzero(is_valid))
-    if padding:
-        num_lines, num_queries = _power(len(members)), _power(rows.shape[1], 2)
-        num_keys = _power(_ceil(used * padding.block_size, _KEYS)) * _KEYS
-        tables = _padded(tables, num_lines, _ceil(num_keys, padding.block_size))
-        rows = _padded(rows, num_lines, num_queries)
-        positions = _padded(positions, num_lines, num_queries)
-        rows[len(members) :, 0] = padding.spare_row
-    return AttentionGroup(
-        rows=tensor(rows),
-        block_table=tensor(tables),
-        query_positions=tensor(positions),
-        valid=valid,
+    if padding is None:
+        used = int(np.flatnonzero(tables.any(0)).max(initial=0)) + 1
+        valid = None if is_valid.all() else np.flatnonzero(is_valid)
+        return _Group(rows, tables[:, :used], positions, valid, has_own_keys=False)
+    num_lines, num_queries = _power(max(len(members), least)), _power(rows.shape[1], 2)
+    # All groups of a step have tables of one length, so that there are fewer shapes.
+    num_keys = _power(_ceil(tables.shape[1] * padding, _KEYS)) * _KEYS
+    return _Group(
+        _padded(rows + 1, num_lines, num_queries) - 1,
+        _padded(tables, num_lines, _ceil(num_keys, padding)),
+        _padded(positions, num_lines, num_queries),
+        valid=None,
+        has_own_keys=False,
     )

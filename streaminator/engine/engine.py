@@ -225,7 +225,7 @@ class Engine:
         num_drafts = sum(sequence.drafted[-1] for sequence in decoded)
         self._speculation.observe_step(
             batch.num_tokens, batch.num_tokens - len(tokens), num_drafts, num_new, num_accepted,
-            clock.total, clock.seconds["seconds_draft"],
+            clock.total, clock.seconds["seconds_draft"], teaches_costs=self.runner.was_usual,
         )  # fmt: skip
         self.last_step = StepStats(
             time=time.time(),

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class ModelRunner:
         self._use_paged: dict[int, bool] = {}
         self._graphs: StepGraphs | None = None
         if self._pages and config.cuda_graphs:
-            self._graphs = StepGraphs(self._run_model, CudaCapture(self.device))
+            self._graphs = StepGraphs(partial(CudaCapture, self.device))
         self._calls = self._probe()
         self.shapes = {layer: call.shape for layer, call in self._calls.items()}
 
@@ -217,8 +218,18 @@ class ModelRunner:
         """Logits [R, V] of the batch's sampled rows, until the next call; keys and values go to the
         cache.
         """
-        run = self._fused or self._graphs or self._run_model
-        return run(batch, cache)[: len(batch.noise_keys)]
+        if self._fused:
+            logits = self._fused(batch, cache)
+        elif self._graphs:
+            logits = self._graphs.run(self._run_model, batch, cache)
+        else:
+            logits = self._run_model(batch, cache)
+        return logits[: len(batch.noise_keys)]
+
+    @property
+    def was_usual(self) -> bool:
+        """Whether the newest forward took what others of its size will take."""
+        return self._graphs is None or bool(self._graphs.why_not) or self._graphs.has_replayed
 
     def _run_model(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         output = self.model(

@@ -100,7 +100,7 @@ def attend_paged(
                 output, parts, log_sums, query, keys, values, key, value,
                 rows, positions, table,
                 *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
-                num_queries, first, rows.stride(0), num_blocks, num_splits, window,
+                num_queries, rows.stride(0), num_blocks, num_splits, window,
                 float(scale), float(softcap or 0),
                 K=num_kv_heads, G=num_groups, S=block_size, H=key_dim, V=value_dim,
                 H_PADDED=max(_power_of_two(key_dim), 16),
@@ -112,7 +112,7 @@ def attend_paged(
             if num_splits > 1:
                 kernels.merge[num_sequences * num_queries, num_heads](
                     output, parts, log_sums, rows, positions,
-                    num_queries, first, rows.stride(0), window,
+                    num_queries, rows.stride(0), window,
                     N=num_heads, V=value_dim, V_PADDED=_power_of_two(value_dim), SPLIT=SPLIT,
                     num_warps=1,
                 )  # fmt: skip

@@ -25,18 +25,16 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _NO_POSITION = tl.constexpr(2**31 - 1)
 _MERGED_AT_ONCE = tl.constexpr(8)
 
-_VARIABLE = ["num_queries", "first_query", "line", "num_blocks", "num_splits", "window"]
+_VARIABLE = ["num_queries", "line", "num_blocks", "num_splits", "window"]
 """Numbers that change from step to step: Triton would compile anew for 1 and multiples of 16."""
 
 
 @triton.jit
-def _load_queries(rows, positions, query, num_queries, first_query, in_range):
-    """Packed row, position and validity of queries; the padded ones have row 0, which is only
-    the very first query's.
-    """
-    row = tl.load(rows + query, mask=in_range, other=0)
+def _load_queries(rows, positions, query, in_range):
+    """Packed row, position and validity of queries; the padded ones have row -1."""
+    row = tl.load(rows + query, mask=in_range, other=-1)
     position = tl.load(positions + query, mask=in_range, other=0).to(tl.int32)
-    return row, position, in_range & ((row > 0) | (query + first_query == 0))
+    return row, position, row >= 0
 
 
 @triton.jit(do_not_specialize=_VARIABLE)
@@ -59,7 +57,6 @@ def attend(
     own_value_token,
     own_value_head,
     num_queries,
-    first_query,
     line,
     num_blocks,
     num_splits,
@@ -94,8 +91,6 @@ def attend(
         rows + sequence * line,
         positions + sequence * line,
         query,
-        num_queries,
-        first_query,
         query < num_queries,
     )
     last = tl.max(tl.where(is_valid, position, -1), 0)
@@ -182,7 +177,6 @@ def merge(
     rows,  # [B, Q], lines `line` apart
     positions,
     num_queries,
-    first_query,
     line,
     window,
     N: tl.constexpr,
@@ -195,7 +189,7 @@ def merge(
     query = tl.program_id(0) % num_queries
     head = tl.program_id(1)
     row, position, is_valid = _load_queries(
-        rows + sequence * line, positions + sequence * line, query, num_queries, first_query, True
+        rows + sequence * line, positions + sequence * line, query, True
     )
     if not is_valid:
         return

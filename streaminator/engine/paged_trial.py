@@ -100,7 +100,7 @@ def _make_batch(block_size: int, device: torch.device) -> tuple[Batch, int]:
     is_valid[1, 3:] = False
     groups = [
         AttentionGroup(
-            tensor(rows * is_valid),
+            tensor(rows.where(is_valid, -1)),
             tensor(table),
             tensor(positions * is_valid),
             tensor(is_valid.flatten().nonzero()[:, 0]),

@@ -137,12 +137,14 @@ class Speculation:
         num_accepted: int,
         seconds: float,
         draft_seconds: float,
+        *,
+        teaches_costs: bool,
     ) -> None:
         """Learn what a step cost and brought; see `DraftBudget.observe`."""
         if self.budget:
             self.budget.observe(
                 num_tokens, num_prefill_tokens, num_drafts, gained, num_accepted, seconds,
-                draft_seconds,
+                draft_seconds, teaches_costs=teaches_costs,
             )  # fmt: skip
 
     def finish(self, sequence: Sequence, *, has_failed: bool) -> None:

@@ -29,6 +29,9 @@ class StepClock:
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
             self._events.append(event)
+        if self._events and phase == "sample":
+            # A step that samples nothing has not waited yet.
+            self._events[-1].synchronize()
         now = time.perf_counter()
         self.seconds[f"seconds_{phase}"] = now - self._last
         self._last = now

@@ -244,6 +244,8 @@ class DraftBudget:
         num_accepted: float,
         seconds: float,
         draft_seconds: float,
+        *,
+        teaches_costs: bool = True,
     ) -> None:
         """Learn from a step.
 
@@ -255,12 +257,13 @@ class DraftBudget:
             num_accepted: of the drafted tokens, second choices included.
             seconds: the whole step.
             draft_seconds: of them, what drafting took.
+            teaches_costs: whether steps like it will take as long.
         """
         self._expected = _DECAY * self._expected + self._expects
         self._accepted = _DECAY * self._accepted + num_accepted
         self._expects = 0.0
         # A prompt's tokens cost otherwise than sampled ones, and would make all of these look dear.
-        if num_prefill_tokens <= _FEW * num_tokens:
+        if teaches_costs and num_prefill_tokens <= _FEW * num_tokens:
             self.costs.observe(num_tokens - num_drafts, num_drafts, seconds - draft_seconds)
         num_plain = num_tokens - num_prefill_tokens - num_drafts
         decode = self.costs(max(num_plain, 1), num_drafts)

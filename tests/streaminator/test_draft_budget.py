@@ -139,6 +139,14 @@ def test_the_tokens_of_prompts_do_not_make_drafts_dear() -> None:
     assert budget.costs(16) - budget.costs(8) == pytest.approx(0.1)
 
 
+def test_steps_of_a_kind_that_will_be_quicker_teach_no_costs() -> None:
+    budget = DraftBudget(StepCosts([8, 16], [1.0, 1.1]))
+    for _ in range(100):
+        budget.observe(16, 0, 8, 9, 1, 20.0, 0.0, teaches_costs=False)
+    assert budget.costs(8, 8) == pytest.approx(budget.costs(16), rel=0.02)
+    assert budget.costs(16) == pytest.approx(1.1, rel=0.02)
+
+
 def test_drafts_are_chosen_after_steps_that_gained_nothing() -> None:
     budget = DraftBudget(StepCosts(*MACHINE))
     for _ in range(3):

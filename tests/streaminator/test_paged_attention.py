@@ -69,7 +69,7 @@ class Case:
             for context, length in zip(contexts, lengths, strict=True)
         )
         order = torch.randperm(len(contexts) * num_blocks, generator=generator) + 1
-        rows = torch.zeros(len(contexts), max(lengths), dtype=torch.int64)
+        rows = torch.full((len(contexts), max(lengths)), -1)
         positions, is_valid = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
         self.num_rows = 0
         for line, (context, length) in enumerate(zip(contexts, lengths, strict=True)):

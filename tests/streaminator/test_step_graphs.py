@@ -5,26 +5,26 @@ No CUDA graph can be had without a card: here what was captured is run again, on
 was captured with, which is what a graph would do. The tests marked `gpu` have real ones.
 """
 
+import gc
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from streaminator.config import EngineConfig, ModelConfig, SamplingParams, SpeculatorConfig
+from streaminator.engine import step_graphs
+from streaminator.engine.batch import Batch
 from streaminator.engine.kv_cache import KVCache
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.paged_attention import has_triton
-from streaminator.engine.step_graphs import MOST_GRAPHS, StepGraphs, Work
+from streaminator.engine.step_graphs import MEETINGS_TO_REPLACE, StepGraphs, Work
 from streaminator.sequence import Prompt, Sequence
 from tests.fakes import (
     NO_SPECULATION,
     Draws,
-    drain,
     draw,
-    make_engine,
     make_prompt,
     random_tokens,
     save_model,
@@ -38,11 +38,11 @@ pytestmark = [
 
 BLOCK = 16
 SAMPLING = SamplingParams(temperature=0.8, max_length=10, ignore_eos=True)
-STREAM = EngineConfig(stream_width=2)
+STREAM = EngineConfig(stream_width=2, max_batched_tokens=64)
 # Triton's interpreter is slow: one layer, one KV head, and few tokens.
 SMALL = {"num_hidden_layers": 1, "num_key_value_heads": 1}
 SHORT = [make_prompt(f"p{n}", random_tokens(n, seed=n), 2) for n in (3, 20)]
-# Its completions reach a second split of keys.
+# Four chunks, of which only the last is sampled; its completions reach a second split of keys.
 PROMPTS = [*SHORT, make_prompt("p250", random_tokens(250, seed=250), 2)]
 
 
@@ -69,7 +69,7 @@ def paged_runner(folder: Path, capture: Callable[[Work], Work] | None) -> ModelR
     runner = ModelRunner(config)
     runner._pages = True
     if capture is not None:
-        runner._graphs = StepGraphs(runner._run_model, capture)
+        runner._graphs = StepGraphs(lambda: capture)
     return runner
 
 
@@ -117,25 +117,6 @@ def test_where_graphs_fail_steps_run_without(
     assert [problem in message for message in caplog.messages] == [True]
 
 
-def test_a_cache_that_has_grown_is_captured_anew(folder: Path) -> None:
-    """What was captured would read and write where the keys lay before."""
-    captures = Captures()
-    runner = paged_runner(folder, captures)
-    engine = make_engine(
-        runner,
-        sampling=SAMPLING,
-        engine=replace(STREAM, stream_width=1),
-        speculator=NO_SPECULATION,
-        max_prompt_length=8,
-    )
-    first = drain(engine, [make_prompt("a", random_tokens(5, seed=1))])
-    before = captures.num_captured
-    drain(engine, [make_prompt("b", random_tokens(120, seed=2))])
-    again = drain(engine, [make_prompt("a", random_tokens(5, seed=1))])
-    assert captures.num_captured > before
-    assert tokens(again) == tokens(first)
-
-
 def step_of(num_drafted: int) -> list[Sequence]:
     """One sequence, its newest token and a draft."""
     prompt = make_prompt("p", (1,) * 4)
@@ -150,28 +131,74 @@ def step_of(num_drafted: int) -> list[Sequence]:
     ]  # fmt: skip
 
 
-def test_only_so_many_graphs_are_kept(folder: Path) -> None:
-    captures = Captures()
-    runner = paged_runner(folder, captures)
+def small_cache(runner: ModelRunner) -> KVCache:
     runner._use_paged[BLOCK] = True
-    cache = KVCache(
+    return KVCache(
         runner.shapes, num_blocks=20, block_size=BLOCK, dtype=runner.dtype, device=runner.device
     )
-    made: list[torch.Tensor] = []
 
-    def forward(batch: object, cache: object) -> torch.Tensor:
-        made.append(torch.zeros(1, 4))
-        return made[-1]
 
-    graphs = StepGraphs(forward, captures)
-    shapes = set()
-    for num_drafted in range(3 * MOST_GRAPHS):
-        batch = runner.pack(step_of(num_drafted), BLOCK)
-        shapes.add(batch.shape)
+def test_few_graphs_are_kept_and_a_rare_shape_replaces_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_graphs, "MOST_GRAPHS", 4)
+    captures = Captures()
+    runner = paged_runner(folder, captures)
+    cache = small_cache(runner)
+    graphs = StepGraphs(lambda: captures)
+
+    def run(num_drafted: int, times: int) -> None:
+        for _ in range(times):
+            batch = runner.pack(step_of(num_drafted), BLOCK)
+            graphs.run(lambda batch, cache: torch.ones(1, 4), batch, cache)
+
+    for num_drafted in range(0, 48, 8):
+        run(num_drafted, 3)
+    assert graphs.num_graphs == captures.num_captured == 4
+    assert captures.num_replayed == 2 * 4  # the first one of each is compared
+    run(200, MEETINGS_TO_REPLACE + 1)
+    assert graphs.num_graphs == 4
+    assert captures.num_captured == 5
+    assert graphs.has_replayed
+
+
+def test_a_cache_that_has_grown_is_captured_anew(folder: Path) -> None:
+    """What was captured would read and write where the keys lay before."""
+    captures = Captures()
+    runner = paged_runner(folder, captures)
+    cache = small_cache(runner)
+    graphs = StepGraphs(lambda: captures)
+    for num_captured in (1, 2):
         for _ in range(3):
-            graphs(batch, cache)
-    assert graphs.num_graphs == min(len(shapes), MOST_GRAPHS)
-    assert captures.num_captured == len(shapes)
+            batch = runner.pack(step_of(1), BLOCK)
+            graphs.run(lambda batch, cache: torch.ones(1, 4), batch, cache)
+        assert captures.num_captured == num_captured
+        cache.grow(40)
+
+
+def test_a_step_that_finds_no_memory_gives_back_what_graphs_hold(folder: Path) -> None:
+    runner = paged_runner(folder, Captures())
+    cache = small_cache(runner)
+    # Like a card's graph it knows where the keys lie, and does not hold them.
+    graphs = StepGraphs(lambda: lambda work: lambda: None)
+
+    def forward(batch: Batch, cache: KVCache) -> torch.Tensor:
+        if batch.num_tokens > 40:
+            raise torch.OutOfMemoryError("no room")
+        return torch.zeros(1, 4)
+
+    for _ in range(3):
+        graphs.run(forward, runner.pack(step_of(1), BLOCK), cache)
+    assert graphs.num_graphs == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.run(forward, runner.pack(step_of(60), BLOCK), cache)
+    assert graphs.num_graphs == 0
+    for _ in range(3):
+        graphs.run(forward, runner.pack(step_of(1), BLOCK), cache)
+    assert graphs.num_graphs == 1
+    del cache
+    gc.collect()
+    assert graphs.num_graphs == 0
 
 
 def test_steps_of_one_shape_have_their_numbers_in_the_same_places(folder: Path) -> None:
@@ -193,7 +220,7 @@ def test_steps_of_one_shape_have_their_numbers_in_the_same_places(folder: Path) 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "Qwen3-MoE"])
 def test_the_engine_draws_the_same_with_graphs(architecture: str, tmp_path: Path) -> None:
-    """Experts ask the host how many tokens each has: that one runs without, and says so."""
+    """Experts may ask the host how many tokens each has: then they run without."""
     folder = save_model(tmp_path, architecture, dtype=torch.float32)
     drawn = []
     for graphs in (True, False):
@@ -202,7 +229,7 @@ def test_the_engine_draws_the_same_with_graphs(architecture: str, tmp_path: Path
         )
         runner = ModelRunner(config)
         drawn.append(tokens(draw_with(runner)))
-        if graphs and architecture == "Llama":
+        if graphs and architecture != "Qwen3-MoE":
             assert runner._graphs is not None
             assert runner._graphs.num_graphs > 0
             assert not runner._graphs.why_not
