@@ -9,10 +9,12 @@ forward gave; where capturing fails or they differ, all steps run as they are.
 Used by: `model_runner`.
 """
 
+import gc
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +64,7 @@ class CudaCapture:
                 self._try(work)
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), _no_collection():
                 # Other threads of the process may go on using the device.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
@@ -86,6 +88,18 @@ class CudaCapture:
         finally:
             torch.cuda.set_sync_debug_mode(mode)
         self._is_tried = True
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage may be another graph, and giving that back would spoil a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
