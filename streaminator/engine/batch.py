@@ -102,8 +102,8 @@ class Batch:
 
     @property
     def shape(self) -> tuple[tuple[int, ...], ...]:
-        """Sizes of all that the forward reads."""
-        sizes = self.input_ids.shape[1], len(self.slot_mapping), len(self.sampled_rows)
+        """Of a padded step, sizes of all that the forward reads; each row has a slot there."""
+        sizes = self.input_ids.shape[1], len(self.sampled_rows)
         groups = ((*g.rows.shape, g.block_table.shape[1], g.has_own_keys) for g in self.groups)
         return (sizes, *groups)
 

@@ -61,8 +61,10 @@ class Drawn(NamedTuple):
 def to_host(drawn: Drawn) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
     """Tokens, log-probabilities, most likely tokens and their probabilities, all settled."""
     tokens, logprobs, top_ids, top_probs = _to_host(drawn)
+    if drawn.settle is None:
+        return tokens, logprobs, top_ids, top_probs
     rows = [row for row, token in enumerate(tokens) if token == _UNSETTLED]
-    if rows and drawn.settle:
+    if rows:
         settled = drawn.settle(torch.tensor(rows, device=drawn.tokens.device))
         for row, token, logprob in zip(rows, *(x.tolist() for x in settled), strict=True):
             tokens[row], logprobs[row] = token, logprob

@@ -24,7 +24,7 @@ from streaminator.engine.kv_cache import KVCache
 from streaminator.errors import first_line
 
 MOST_GRAPHS = 64
-MEETINGS = 2
+_MEETINGS = 2
 """After so many a shape is captured, while there is room for more graphs."""
 MEETINGS_TO_REPLACE = 16
 """And so many where it takes the place of another one: a capture takes as long as a few forwards."""
@@ -158,7 +158,7 @@ class StepGraphs:
             raise
         self._meetings[shape] += 1
         is_full = len(self._graphs) == MOST_GRAPHS
-        enough = MEETINGS_TO_REPLACE if is_full else MEETINGS
+        enough = MEETINGS_TO_REPLACE if is_full else _MEETINGS
         if self._meetings[shape] >= enough and shape not in self._too_large:
             self._add(shape, forward, batch, cache, logits)
         return logits

@@ -63,13 +63,12 @@ class Captures:
         return replay
 
 
-def paged_runner(folder: Path, capture: Callable[[Work], Work] | None) -> ModelRunner:
+def paged_runner(folder: Path, capture: Callable[[Work], Work]) -> ModelRunner:
     """A runner that pages on the CPU, and captures."""
     config = ModelConfig(model_name=str(folder), dtype="float32", device="cpu", packed_linear=False)
     runner = ModelRunner(config)
     runner._pages = True
-    if capture is not None:
-        runner._graphs = StepGraphs(lambda: capture)
+    runner._graphs = StepGraphs(lambda: capture)
     return runner
 
 
