@@ -229,7 +229,7 @@ class ModelRunner:
     @property
     def was_usual(self) -> bool:
         """Whether the newest forward took what others of its size will take."""
-        return self._graphs is None or bool(self._graphs.why_not) or self._graphs.has_replayed
+        return self._graphs is None or self._graphs.was_usual
 
     def _run_model(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         output = self.model(

@@ -125,8 +125,8 @@ class StepGraphs:
         self._logits: torch.Tensor | None = None
         self.why_not = ""
         """Why nothing is captured any more, in words."""
-        self.has_replayed = False
-        """Whether the newest step was replayed."""
+        self.was_usual = True
+        """Whether the newest step took what others of its shape will take."""
 
     @property
     def num_graphs(self) -> int:
@@ -135,7 +135,7 @@ class StepGraphs:
 
     def run(self, forward: Forward, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Logits of the batch's sampled rows, padded ones too, until the next call."""
-        self.has_replayed = False
+        self.was_usual = True
         if batch.numbers is None or self.why_not:
             return forward(batch, cache)
         if self._cache() is not cache or self._num_blocks != cache.num_blocks:
@@ -149,8 +149,8 @@ class StepGraphs:
             self._graphs[shape] = graph
             graph.numbers.copy_(batch.numbers)
             graph.replay()
-            self.has_replayed = True
             return graph.logits
+        self.was_usual = False
         try:
             logits = forward(batch, cache)
         except torch.OutOfMemoryError:

@@ -158,7 +158,26 @@ def test_few_graphs_are_kept_and_a_rare_shape_replaces_none(
     run(200, MEETINGS_TO_REPLACE + 1)
     assert graphs.num_graphs == 4
     assert captures.num_captured == 5
-    assert graphs.has_replayed
+    assert graphs.was_usual
+
+
+def test_only_steps_that_will_be_replayed_are_unusual(folder: Path) -> None:
+    """What they take tells nothing of later ones, unlike what is never captured."""
+    runner = paged_runner(folder, Captures())
+    cache = small_cache(runner)
+    graphs = StepGraphs(lambda: Captures())
+
+    def are_usual(times: int) -> list[bool]:
+        usual = []
+        for _ in range(times):
+            batch = runner.pack(step_of(1), BLOCK)
+            graphs.run(lambda batch, cache: torch.ones(1, 4), batch, cache)
+            usual.append(graphs.was_usual)
+        return usual
+
+    assert are_usual(4) == [False, False, True, True]
+    runner._use_paged[BLOCK] = False  # steps are not padded
+    assert are_usual(2) == [True, True]
 
 
 def test_a_cache_that_has_grown_is_captured_anew(folder: Path) -> None:
