@@ -14,11 +14,11 @@ Invariants
 - Work is linear in tokens drafted and tokens committed. Growing a table costs its size, which
   doubles: constant per token.
 
-A token that is new in all its contexts costs 10 rows of 32 bytes in its prompt's table and 7 in the
-shared one; tables are between 0.4 and 0.8 full: 400 to 800 bytes and 280 to 560. A token already
-known in its contexts costs nothing, its distribution at most two rows in either table. Beside the
+A token that is new in all its contexts costs 10 rows of 32 bytes and their part of a bucket, 44 bytes,
+in its prompt's table and 7 in the shared one; tables are at least half full: 440 to 880 bytes and 310
+to 620. A token already known in its contexts costs nothing, its distribution at most two rows in either table. Beside the
 tables an open prompt holds 16 KiB without noise: where which token stood last; a running sequence
-8 KiB for its text and 54 for what it drafts, 0.9 for each of 64 tokens.
+10 KiB for its text and 38 for what it drafts, 0.6 for each of 64 tokens.
 
 Used by: `memory_store` (the stream), `replay`.
 """
@@ -37,18 +37,19 @@ from streaminator.speculative import memory_rates as rates
 from streaminator.speculative.arena import Arena
 from streaminator.speculative.memory_correction import Correction
 from streaminator.speculative.memory_features import MAX_DRAFT, begin
-from streaminator.speculative.memory_growth import find_full, rebuild
+from streaminator.speculative.memory_growth import PER_BUCKET_AT_MOST, find_full, rebuild
 from streaminator.speculative.memory_mixing import new_scratch
 from streaminator.speculative.memory_tables import (
     CLOCK,
+    NUM_BUCKETS,
     NUM_ROWS,
     NUM_SHARED_CONTEXTS,
-    NUM_SLOTS,
+    PER_BUCKET,
     ROW_BYTES,
     START,
     TAIL,
-    USED_OVERFLOW,
-    USED_SLOTS,
+    USED_CONTEXTS,
+    USED_ROWS,
     Ints,
 )
 from streaminator.speculative.memory_texts import NOTHING, chunks, no_distributions, steps
@@ -186,7 +187,7 @@ class Memory:
 
     def has_table(self, prompt_id: str) -> bool:
         """Whether an open prompt still has what it learned: its table may have given way."""
-        return bool(self._tables[self._prompts[prompt_id], NUM_SLOTS])
+        return bool(self._tables[self._prompts[prompt_id], NUM_BUCKETS])
 
     def close(self, prompt_id: str) -> None:
         """Forget a prompt; what the shared tier learned from it stays."""
@@ -334,28 +335,33 @@ class Memory:
         """Double a table until it has room; one that may not double drops its oldest half."""
         old = self._tables[table].copy()
         limit = self._shared_max_rows if table == _SHARED else self._max_rows
-        used = int(old[USED_SLOTS] * 1.25 + old[USED_OVERFLOW])
-        needed = int(used + num_contexts * 1.25 * rows_per_context)
+        used = int(old[USED_ROWS] - 2 * old[NUM_BUCKETS])
+        wanted = used + int(num_contexts * rows_per_context)
+        wanted += int(2 * (old[USED_CONTEXTS] + num_contexts) / PER_BUCKET_AT_MOST) + 2
         num_rows = int(old[NUM_ROWS])
-        while num_rows < limit and num_rows * 0.8 < needed:
+        while num_rows < min(limit, wanted):
             num_rows *= 2
         if num_rows == old[NUM_ROWS] and num_rows * 2 <= limit:
             num_rows *= 2
-        # Rows are shared out between contexts and overflow as they were used so far.
-        share = old[USED_OVERFLOW] / max(used, 1)
-        num_slots = int(num_rows * min(max(0.95 - share, 0.4), 0.85))
-        rows = self._arena.rows[old[START] : old[START] + old[NUM_SLOTS]]
         oldest = 0
-        if (old[USED_SLOTS] + num_contexts) > 0.8 * num_slots or num_rows == old[NUM_ROWS]:
-            oldest = int(np.median(rows[rows[:, 0] != 0, 7])) + 1 if old[USED_SLOTS] else 0
-        if not self._allocate(table, num_rows, num_slots):
+        if old[USED_CONTEXTS] and (num_rows < wanted or num_rows == old[NUM_ROWS]):
+            rows = self._arena.rows[old[START] : old[START] + old[NUM_ROWS]]
+            buckets = rows[: 2 * old[NUM_BUCKETS]].reshape(-1, 2, PER_BUCKET)
+            contexts = buckets[:, 1][buckets[:, 0] != 0]
+            oldest = int(np.median(rows[contexts, 7])) + 1
+        # Of the rows in use as many as before are contexts, which need room in buckets.
+        share = (old[USED_CONTEXTS] + num_contexts) / (used + num_contexts * rows_per_context)
+        if not self._allocate(table, num_rows, share):
             self._drop(table, old)
             return
         rebuild(self._arena.rows, old, self._tables[table], oldest)
         self._arena.free(int(old[START]), int(old[NUM_ROWS]))
 
-    def _allocate(self, table: int, num_rows: int, num_slots: int | None = None) -> bool:
-        """Give a table an empty range, at the cost of other prompts if need be."""
+    def _allocate(self, table: int, num_rows: int, share: float = 1.0) -> bool:
+        """Give a table an empty range, at the cost of other prompts if need be.
+
+        Of the rows in use a `share` will be contexts.
+        """
         start = self._arena.allocate(num_rows)
         others = list(self._prompts.values())
         victims = (n for n in others if n != table and self._tables[n, NUM_ROWS])
@@ -365,13 +371,13 @@ class Memory:
                 return False
             self._drop(victim)
             start = self._arena.allocate(num_rows)
-        slots = num_rows * 3 // 4 if num_slots is None else num_slots
-        self._tables[table] = (start, slots, num_rows, 0, 0, self._tables[table, CLOCK])
+        buckets = max(int(num_rows * share / (PER_BUCKET_AT_MOST + 2 * share)), 1)
+        self._tables[table] = (start, buckets, num_rows, 0, 2 * buckets, self._tables[table, CLOCK])
         return True
 
     def _revive(self, prompt_id: str) -> None:
         table = self._prompts[prompt_id]
-        if self._tables[table, NUM_SLOTS] == 0:
+        if self._tables[table, NUM_BUCKETS] == 0:
             self._allocate(table, _MIN_ROWS)
 
     def _drop(self, table: int, record: Ints | None = None) -> None:

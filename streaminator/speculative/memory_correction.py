@@ -28,9 +28,9 @@ from streaminator.speculative.memory_features import (
     MAX_DRAFT,
     NUM_FEATURES,
 )
-from streaminator.speculative.memory_math import exp, log
+from streaminator.speculative.memory_math import LANES, exp, log, most_of_lanes, sum_of_lanes
 from streaminator.speculative.memory_rates import Floats
-from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline
+from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline, nth
 from streaminator.speculative.memory_tables import NUM_CONTEXTS
 
 MOST = 12
@@ -54,14 +54,14 @@ class Correction(NamedTuple):
     # Places of a chain first: drafting goes a token of each sequence at a time.
     sizes: Ints
     """[MAX_DRAFT, H, 2] at each drafted token: how many candidates, and the longest match."""
-    tokens: Ints
-    """[MAX_DRAFT, H, MOST] these candidates."""
-    shares: Floats
-    """[MAX_DRAFT, H, MOST] what they were given in the end."""
-    logs: Floats
-    """[MAX_DRAFT, H, MOST] of what the mixture gave them."""
-    features: Rows
-    """[MAX_DRAFT, H, MOST, NUM_FEATURES] places of their weights."""
+    tokens: Rows
+    """[MAX_DRAFT, H, LANES] these candidates."""
+    shares: NDArray[np.float32]
+    """[MAX_DRAFT, H, LANES] what they were given in the end."""
+    logs: NDArray[np.float32]
+    """[MAX_DRAFT, H, LANES] of what the mixture gave them."""
+    features: NDArray[np.uint16]
+    """[MAX_DRAFT, H, NUM_FEATURES * LANES] places of their weights."""
 
     @classmethod
     def of(cls, num: int, numbers: NDArray[np.bool_]) -> "Correction":
@@ -84,16 +84,16 @@ def _empty(num: int) -> tuple[NDArray[Any], ...]:
     return (
         np.zeros((num, *HISTORY_SHAPE), np.int32),
         np.zeros((MAX_DRAFT, num, 2), np.int64),
-        np.zeros((MAX_DRAFT, num, MOST), np.int64),
-        np.zeros((MAX_DRAFT, num, MOST), np.float64),
-        np.zeros((MAX_DRAFT, num, MOST), np.float64),
-        np.zeros((MAX_DRAFT, num, MOST, NUM_FEATURES), np.int32),
+        np.zeros((MAX_DRAFT, num, LANES), np.int32),
+        np.zeros((MAX_DRAFT, num, LANES), np.float32),
+        np.zeros((MAX_DRAFT, num, LANES), np.float32),
+        np.zeros((MAX_DRAFT, num, NUM_FEATURES * LANES), np.uint16),
     )
 
 
 @jit_inline
 def keep_likeliest(tokens: Ints, masses: Floats, own_masses: Floats, size: int) -> int:
-    """Leave at most MOST candidates, and their masses; returns how many."""
+    """Leave at most MOST candidates, and their masses, 0 behind them; returns how many."""
     top = 0.0
     for k in range(size):
         top = max(top, masses[k])
@@ -108,9 +108,12 @@ def keep_likeliest(tokens: Ints, masses: Floats, own_masses: Floats, size: int) 
     num = 0
     for k in range(size):
         token, mass, own_mass = tokens[k], masses[k], own_masses[k]
-        tokens[num], masses[num], own_masses[num] = token, mass, own_mass
+        tokens[nth(num)], masses[nth(num)], own_masses[nth(num)] = token, mass, own_mass
         num += mass >= least
-    return min(num, MOST)
+    num = min(num, MOST)
+    for k in range(num, LANES):
+        masses[k] = 0.0
+    return num
 
 
 @jit_inline
@@ -121,54 +124,61 @@ def keep(
     longest: int,
     tokens: Ints,
     masses: Floats,
+    total: float,
     size: int,
 ) -> None:
     """Remember what else `learn_corrections` needs of a drafted token."""
     kept, shares = correction.tokens[step, handle], correction.shares[step, handle]
     correction.sizes[step, handle, 0], correction.sizes[step, handle, 1] = size, longest
-    total = 0.0
-    for k in range(size):
-        total += masses[k]
-    for k in range(size):
+    for k in range(len(kept)):
         kept[k] = tokens[k]
+    for k in range(len(shares)):
         shares[k] = masses[k] / total
 
 
-@jit
+@jit_inline
 def correct(
     weights: NDArray[np.float32],
     longest: int,
     masses: Floats,
+    total: float,
     size: int,
-    features: Rows,
-    logs: Floats,
+    features: NDArray[np.uint16],
+    logs: NDArray[np.float32],
     scores: Floats,
 ) -> None:
-    """Multiply candidates' masses by what the features say; their sum stays.
+    """Multiply the masses of LANES candidates by what the features say; `total`, their sum, stays.
 
-    `logs` [size] become those of their shares before, `scores` [size] of what they are in the end,
-    but for a constant.
+    `logs` become those of their shares before, `scores` of what they are in the end, but for a
+    constant; -inf from `size` on.
     """
-    total = 0.0
-    for k in range(size):
-        total += masses[k]
     exponent = 1.0 + weights[0, _EXPONENTS + longest]
-    for k in range(size):
-        logs[k] = log(masses[k] / total + _UNLIKELY)
-    top = -np.inf
-    for k in range(size):
-        score = exponent * logs[k]
-        for j in range(NUM_FEATURES):
-            score += weights[0, features[k, j]]
-        scores[k] = score
-        top = max(top, score)
-    new_total = 0.0
-    for k in range(size):
-        masses[k] = exp(scores[k] - top)
-    for k in range(size):
-        new_total += masses[k]
-    for k in range(size):
-        masses[k] *= total / new_total
+    for k in range(len(scores)):
+        scores[k] = log(masses[k] / total + _UNLIKELY)
+    for k in range(len(scores)):
+        logs[k] = scores[k]
+    for k in range(len(scores)):
+        low = (_at(weights, features, k, 0) + _at(weights, features, k, 1)) + (
+            _at(weights, features, k, 2) + _at(weights, features, k, 3)
+        )
+        high = (_at(weights, features, k, 4) + _at(weights, features, k, 5)) + (
+            _at(weights, features, k, 6) + _at(weights, features, k, 7)
+        )
+        more = _at(weights, features, k, 8) + _at(weights, features, k, 9)
+        scores[k] = exponent * scores[k] + (low + high + more)
+    for k in range(len(scores)):
+        scores[k] = scores[k] if k < size else -np.inf
+    top = most_of_lanes(scores)
+    for k in range(len(scores)):
+        masses[k] = exp(scores[k] - top) if k < size else 0.0
+    scale = total / sum_of_lanes(masses)
+    for k in range(len(scores)):
+        masses[k] *= scale
+
+
+@jit_inline
+def _at(weights: NDArray[np.float32], features: NDArray[np.uint16], k: int, j: int) -> float:
+    return weights[0, features[j * LANES + k]]
 
 
 @jit
@@ -180,7 +190,7 @@ def learn_corrections(
     drawn: Ints,
     top_ids: Ints,
     top_probs: NDArray[np.float32],
-    target: Floats,
+    target: NDArray[np.float32],
 ) -> None:
     """Climb at each drafted token up to the first that was not drawn, and there.
 
@@ -189,7 +199,7 @@ def learn_corrections(
         predictions: [K, 1 or more] the drafted tokens, `num_predicted` of them.
         drawn: [n] what was drawn instead.
         top_ids, top_probs: [n, M] the distributions it was drawn from; M = 0: not known.
-        target: [MOST] scratch.
+        target: [LANES] scratch.
     """
     for step in range(min(num_predicted, len(drawn))):
         _learn(correction, handle, step, drawn[step], top_ids[step], top_probs[step], target)
@@ -205,7 +215,7 @@ def _learn(
     token: int,
     top_ids: Ints,
     top_probs: NDArray[np.float32],
-    target: Floats,
+    target: NDArray[np.float32],
 ) -> None:
     """One step up the gradient: corrected shares against the distribution that `token` was drawn from."""
     size, longest = correction.sizes[step, handle]
@@ -214,15 +224,17 @@ def _learn(
     weights = correction.weights
     tokens, shares = correction.tokens[step, handle], correction.shares[step, handle]
     logs, features = correction.logs[step, handle], correction.features[step, handle]
+    for k in range(LANES):
+        target[k] = 0.0
+    if len(top_ids) == 0:
+        for k in range(LANES):
+            target[k] = 1.0 if tokens[k] == token else 0.0
+    for j in range(len(top_ids)):
+        top_id, prob = np.int32(top_ids[j]), top_probs[j]
+        for k in range(len(target)):
+            target[k] = prob if tokens[k] == top_id else target[k]
     total = 0.0
     for k in range(size):
-        target[k] = 0.0
-        if len(top_ids) == 0:
-            target[k] = 1.0 if tokens[k] == token else 0.0
-        for j in range(len(top_ids)):
-            if top_ids[j] == tokens[k]:
-                target[k] = top_probs[j]
-                break
         total += target[k]
     if total < 0.01:
         return
@@ -233,7 +245,7 @@ def _learn(
         if abs(gradient) < 1e-2:
             continue
         for j in range(NUM_FEATURES):
-            _climb(weights, features[k, j], gradient, _RATE)
+            _climb(weights, features[j * LANES + k], gradient, _RATE)
     _climb(weights, _EXPONENTS + longest, exponent, _EXPONENT_RATE)
 
 

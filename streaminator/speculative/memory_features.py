@@ -8,7 +8,8 @@ The text of a running sequence is its last tokens, one in each row of `history`:
     TEXT    the token
     ROLE    the last word before it, and how many tokens of a number lie between
     LINK    where the same token stood before (-1: nowhere), times 4; and how often by now, up to 3
-    LAST    of the token whose id modulo the rows this is: 1 + where it stood last
+
+Behind them are, four to a row, 1 + where the token stood last whose id modulo _SIZE is 0, 1, 2 ...
 
 Used by: `memory`, `memory_correction`, `memory_kernels`, `memory_learning`.
 """
@@ -18,16 +19,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.speculative.memory_math import LANES
 from streaminator.speculative.memory_rates import LENGTH, NUM_PROMPT, Floats
-from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline
+from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline, nth
 from streaminator.speculative.memory_tables import is_number
 
 MAX_DRAFT = 64
 """No draft is longer."""
-HISTORY_SHAPE = (512, 4)
+_SIZE = 512
+HISTORY_SHAPE = (_SIZE + _SIZE // 4, 4)
 """Of one running sequence."""
-_TEXT, _ROLE, _LINK, _LAST = range(4)
-_SIZE = HISTORY_SHAPE[0]
+_TEXT, _ROLE, _LINK = range(3)
 _KEPT = 256  # tokens that stay when a history is full
 
 NUM_FEATURES = 10
@@ -37,8 +39,13 @@ _STEPS = 8  # earlier places of a token that are looked at
 _NUMBERS, _NUMBERS_BACK = 4, 96  # latest numbers that may be repeated, and tokens back to look
 _NO, _END = -1, -2  # instead of a token: not repeated, not a number's
 
-_HASH = np.uint64(0x9E3779B97F4A7C15)
-_HASH_SHIFT = np.uint64(64 - HASH_BITS)
+_HASH1, _HASH2, _HASH3 = (np.uint32(n) for n in (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D))
+_KINDS = tuple(np.uint32(n * 0x27D4EB2F & 0xFFFFFFFF) for n in range(NUM_FEATURES))
+_SHIFT15, _SHIFT16 = np.uint32(15), np.uint32(32 - HASH_BITS)
+
+TRAITS_SHAPE = (6 * LANES,)
+"""Scratch: what the text says about each candidate."""
+_OLD_ROLE, _DISTANCE, _FOLLOWS, _TIMES, _KNOWN, _REPEATS = range(0, 6 * LANES, LANES)
 
 
 @jit_inline
@@ -51,10 +58,22 @@ def _role_after(history: Rows, place: int, numbers: NDArray[np.bool_]) -> int:
 
 
 @jit_inline
-def push(history: Rows, length: int, token: int, numbers: NDArray[np.bool_]) -> int:
-    """Append a token to a text of `length`; returns what stood in its place of LAST before."""
+def _last_of(history: Rows, token: int) -> int:
+    """1 + where a token stood last, or another one in its place; 0: nowhere."""
     at = token & (_SIZE - 1)
-    before = np.int64(history[at, _LAST])
+    return np.int64(history[_SIZE + (at >> 2), at & 3])
+
+
+@jit_inline
+def _set_last(history: Rows, token: int, last: int) -> None:
+    at = token & (_SIZE - 1)
+    history[_SIZE + (at >> 2), at & 3] = last
+
+
+@jit_inline
+def push(history: Rows, length: int, token: int, numbers: NDArray[np.bool_]) -> int:
+    """Append a token to a text of `length`; returns what its place among the last was before."""
+    before = _last_of(history, token)
     last = before - 1
     history[length, _TEXT] = token
     history[length, _ROLE] = _role_after(history, length - 1, numbers) if length else 0
@@ -62,14 +81,14 @@ def push(history: Rows, length: int, token: int, numbers: NDArray[np.bool_]) -> 
         history[length, _LINK] = last << 2 | min((history[last, _LINK] & 3) + 1, 3)
     else:
         history[length, _LINK] = -4 | 1
-    history[at, _LAST] = length + 1
+    _set_last(history, token, length + 1)
     return before
 
 
 @jit_inline
 def pop(history: Rows, place: int, before: int) -> None:
     """Undo a `push`, the newest first."""
-    history[np.int64(history[place, _TEXT]) & (_SIZE - 1), _LAST] = before
+    _set_last(history, np.int64(history[place, _TEXT]), before)
 
 
 @jit
@@ -78,8 +97,7 @@ def extend(history: Rows, state: Ints, new: Ints, numbers: NDArray[np.bool_]) ->
     for index in range(len(new)):
         if state[LENGTH] >= _SIZE - MAX_DRAFT:
             first = state[LENGTH] - _KEPT
-            for at in range(_SIZE):
-                history[at, _LAST] = 0
+            history[_SIZE:] = 0
             state[LENGTH] = _KEPT
             state[NUM_PROMPT] = max(state[NUM_PROMPT] - first, 0)
             for place in range(_KEPT):
@@ -96,7 +114,7 @@ def begin(
     numbers: NDArray[np.bool_],
 ) -> None:
     """Start a sequence's text: prompt, and completion so far."""
-    history[:, _LAST] = 0
+    history[_SIZE:] = 0
     kept = np.array(token_ids[-_KEPT:], np.int64)
     state[LENGTH] = 0
     state[NUM_PROMPT] = max(num_prompt - (len(token_ids) - len(kept)), 0)
@@ -104,14 +122,15 @@ def begin(
 
 
 @jit_inline
-def _pair(kind: int, one: int, other: int) -> int:
-    return (np.uint64(one) * _HASH + np.uint64(other)) * np.uint64(16) + np.uint64(kind)
+def _start(kind: int, one: int) -> int:
+    return np.uint32(np.uint32(one) * _HASH1 + _KINDS[kind])
 
 
 @jit_inline
-def _place_of(key: int) -> int:
-    key = (key ^ (key >> np.uint64(29))) * _HASH
-    return np.int64(key >> _HASH_SHIFT)
+def _place_of(start: int, other: int) -> int:
+    key = np.uint32(start + np.uint32(np.uint32(other) * _HASH2))
+    key = np.uint32((key ^ (key >> _SHIFT15)) * _HASH3)
+    return key >> _SHIFT16
 
 
 @jit_inline
@@ -133,14 +152,14 @@ def _mark_repeated(
     tokens: Ints,
     size: int,
     numbers: NDArray[np.bool_],
-    marks: Rows,
+    traits: Rows,
 ) -> int:
-    """Bits in `marks[:, 0]` for which of the latest numbers each candidate would repeat.
+    """Bits in `traits` for which of the latest numbers each candidate would repeat.
 
     Returns: how many tokens of a number are there already.
     """
     for k in range(size):
-        marks[k, 0] = 0
+        traits[_REPEATS + k] = 0
     if len(numbers) == 0:
         return 0
     start = length
@@ -155,7 +174,7 @@ def _mark_repeated(
             following = _next_of(history, first, end, start, length)
             for k in range(size):
                 token = tokens[k] if is_number(numbers, tokens[k]) else _END
-                marks[k, 0] |= (token == following) << num
+                traits[_REPEATS + k] |= (token == following) << num
             num += 1
         end = min(first, end - 1)
     return length - start
@@ -172,12 +191,13 @@ def find_features(
     own_masses: Floats,
     size: int,
     numbers: NDArray[np.bool_],
-    features: Rows,
+    traits: Rows,
+    features: NDArray[np.uint16],
 ) -> None:
-    """Fill [size, NUM_FEATURES] with the weights' places of each candidate that may come next.
+    """Fill [NUM_FEATURES * LANES] with the weights' places of the candidates that may come next.
 
     `longest` is the place of the own longest match; `own_masses` is what `masses` were before the
-    shared tier added to them.
+    shared tier added to them. Lanes from `size` on hold any places.
     """
     newest = length - 1
     last = np.int64(history[newest, _TEXT])
@@ -208,35 +228,42 @@ def find_features(
                 after_two = np.int64(history[at + 1, _TEXT])
                 break
             at = np.int64(history[at, _LINK]) >> 2
-    behind = (role << 20) + second
-    num_digits = min(_mark_repeated(history, length, tokens, size, numbers, features), 7)
+    num_digits = min(_mark_repeated(history, length, tokens, size, numbers, traits), 7)
+    is_known = 4 if after_two >= 0 else 0
     for k in range(size):
         token = tokens[k]
-        place = np.int64(history[token & (_SIZE - 1), _LAST]) - 1
-        if place >= 0 and history[place, _TEXT] != token:
-            place = -1
-        old_role = -1
-        distance, num, is_said = 63, 0, 0
-        if place >= 0:
-            distance = min(length - place, 62)
-            old_role = np.int64(history[place, _ROLE])
-            is_said = 1 if place >= num_prompt else 0
-            num = np.int64(history[place, _LINK]) & 3
-        follows = 1 if token == after_one else 0
-        if after_two >= 0:
-            follows += 2 if token == after_two else 4
-        times = num * 2 + is_said
-        own_share = own_masses[k] / masses[k]
-        whose = (own_share > 0) + (own_share >= 0.5) + (own_share >= 0.95)
-        row = features[k]
-        repeats = np.int64(row[0])
-        row[0] = _place_of(_pair(0, role, token))
-        row[1] = _place_of(_pair(1, behind, token))
-        row[2] = _place_of(_pair(2, third, token))
-        row[3] = _place_of(_pair(3, longest, times * 4 + whose))
-        row[4] = _place_of(_pair(4, role, old_role))
-        row[5] = _place_of(_pair(5, last, distance))
-        row[6] = _place_of(_pair(6, last, follows))
-        row[7] = _place_of(_pair(7, behind, times))
-        row[8] = _place_of(_pair(8, behind, repeats))
-        row[9] = _place_of(_pair(9, num_digits, repeats))
+        place = _last_of(history, token) - 1
+        there = nth(max(place, 0))
+        is_there = (place >= 0) & (history[there, _TEXT] == token)
+        link = np.int64(history[there, _LINK]) & 3
+        is_said = np.int64(place >= num_prompt)
+        traits[_OLD_ROLE + k] = np.int64(history[there, _ROLE]) if is_there else -1
+        traits[_DISTANCE + k] = min(length - place, 62) if is_there else 63
+        traits[_TIMES + k] = link * 2 + is_said if is_there else 0
+        follows = 2 if token == after_two else is_known
+        traits[_FOLLOWS + k] = follows + np.int64(token == after_one)
+        own_share, mass = own_masses[k], masses[k]
+        traits[_KNOWN + k] = (
+            np.int64(own_share > 0)
+            + np.int64(own_share >= 0.5 * mass)
+            + np.int64(own_share >= 0.95 * mass)
+        )
+    behind = np.uint32(np.uint32(role) * _HASH3 + np.uint32(second))
+    of_role, of_behind, of_third = _start(0, role), _start(1, behind), _start(2, third)
+    of_match, from_role = _start(3, longest), _start(4, role)
+    at_distance, of_last = _start(5, last), _start(6, last)
+    at_times, repeating = _start(7, behind), _start(8, behind)
+    of_digits = _start(9, num_digits)
+    for k in range(LANES):
+        token, times = tokens[k], np.int64(traits[_TIMES + k])
+        repeats = traits[_REPEATS + k]
+        features[k] = _place_of(of_role, token)
+        features[LANES + k] = _place_of(of_behind, token)
+        features[2 * LANES + k] = _place_of(of_third, token)
+        features[3 * LANES + k] = _place_of(of_match, times * 4 + traits[_KNOWN + k])
+        features[4 * LANES + k] = _place_of(from_role, traits[_OLD_ROLE + k])
+        features[5 * LANES + k] = _place_of(at_distance, traits[_DISTANCE + k])
+        features[6 * LANES + k] = _place_of(of_last, traits[_FOLLOWS + k])
+        features[7 * LANES + k] = _place_of(at_times, times)
+        features[8 * LANES + k] = _place_of(repeating, repeats)
+        features[9 * LANES + k] = _place_of(of_digits, repeats)

@@ -19,15 +19,19 @@ from streaminator.speculative.memory_records import (
 )
 from streaminator.speculative.memory_tables import (
     CLOCK,
+    NUM_BUCKETS,
     NUM_CONTEXTS,
     NUM_ROWS,
     NUM_SHARED_CONTEXTS,
-    NUM_SLOTS,
+    PER_BUCKET,
     START,
-    USED_OVERFLOW,
-    USED_SLOTS,
-    home_of,
+    USED_CONTEXTS,
+    USED_ROWS,
+    enter,
 )
+
+PER_BUCKET_AT_MOST = 5.5
+"""Contexts in the mean: with more, too many buckets would be full."""
 
 
 @jit_allocating
@@ -48,11 +52,9 @@ def find_full(
     for index in range(1, len(tables) + 1):
         number = index % len(tables)
         table, num = tables[number], coming[number]
-        slots, overflow = table[NUM_SLOTS], table[NUM_ROWS] - table[NUM_SLOTS]
-        # A full list only forgets its least token: overflow may run short, slots may not.
-        is_full = table[USED_SLOTS] + num > 0.8 * slots
-        is_full |= table[USED_OVERFLOW] + num * (rows_per_context - 1) > 0.95 * overflow
-        if is_full and num > 0 and slots > 0:
+        is_full = table[USED_CONTEXTS] + num > PER_BUCKET_AT_MOST * table[NUM_BUCKETS]
+        is_full |= table[USED_ROWS] + num * rows_per_context > table[NUM_ROWS]
+        if is_full and num > 0 and table[NUM_BUCKETS] > 0:
             full[size] = number
             size += 1
     return full[:size], coming[full[:size]]
@@ -62,28 +64,26 @@ def find_full(
 def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
     """Copy the contexts touched at `oldest` or later into an empty, zeroed table."""
     new[CLOCK] = old[CLOCK]
-    moved = np.full(old[USED_OVERFLOW], -1)
-    for slot in range(old[NUM_SLOTS]):
-        source = old[START] + slot
-        check = rows[source, 0]
+    moved = np.full(old[USED_ROWS], -1)
+    for place in range(PER_BUCKET * old[NUM_BUCKETS]):
+        bucket, index = old[START] + 2 * (place >> 3), place & (PER_BUCKET - 1)
+        check, source = rows[bucket, index], old[START] + rows[bucket + 1, index]
         if check == 0 or rows[source, 7] < oldest:
             continue
-        place = home_of(check, new)
-        while rows[new[START] + place, 0] != 0:
-            place = place + 1 if place + 1 < new[NUM_SLOTS] else 0
-        target = new[START] + place
+        target = enter(rows, new, check)
+        if target < 0:
+            break
         rows[target] = rows[source]
-        new[USED_SLOTS] += 1
         if np.int64(rows[source, 1]) & RECORDS:
             _move_records(rows, old, new, target, moved)
             continue
         at = np.int64(rows[source, 6])
         while at >= 0:
-            free = new[NUM_SLOTS] + new[USED_OVERFLOW]
+            free = new[USED_ROWS]
             if free == new[NUM_ROWS]:
                 rows[target, 6] = -1  # its number of continuations stays as it was: near enough
                 break
-            new[USED_OVERFLOW] += 1
+            new[USED_ROWS] += 1
             rows[target, 6] = free
             target = new[START] + free
             rows[target] = rows[old[START] + at]
@@ -97,15 +97,15 @@ def _move_records(rows: Rows, old: Ints, new: Ints, row: int, moved: Ints) -> No
         cell = np.int64(rows[row, column])
         if cell >= EMPTY:
             continue
-        index = -2 - cell - old[NUM_SLOTS]
+        index = -2 - cell
         if moved[index] < 0:
             source = old[START] - 2 - cell
             num_rows = num_rows_of(rows[source, 0])
-            free = new[NUM_SLOTS] + new[USED_OVERFLOW]
+            free = new[USED_ROWS]
             if free + num_rows > new[NUM_ROWS]:
                 rows[row, column] = np.int64(np.uint32(rows[source, 1])) >> 12
                 continue
-            new[USED_OVERFLOW] += num_rows
+            new[USED_ROWS] += num_rows
             for n in range(num_rows):
                 rows[new[START] + free + n] = rows[source + n]
             moved[index] = free

@@ -40,7 +40,8 @@ from streaminator.speculative.memory_correction import (
     keep_likeliest,
 )
 from streaminator.speculative.memory_features import find_features, pop, push
-from streaminator.speculative.memory_mixing import MAX_CANDIDATES, Scratch, mix_tier
+from streaminator.speculative.memory_math import LANES, sum_of_lanes
+from streaminator.speculative.memory_mixing import Scratch, mix
 from streaminator.speculative.memory_noise import choose
 from streaminator.speculative.memory_rates import (
     KNOWN,
@@ -64,14 +65,15 @@ from streaminator.speculative.memory_rates import (
 from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline, log_bin
 from streaminator.speculative.memory_tables import (
     CLOCK,
-    FIRST_SHARED,
     GAPPED,
     NUM_CONTEXTS,
     TAIL,
-    fetch_rows,
+    fetch_buckets,
+    find_rows,
     hash_contexts,
 )
 
+_AHEAD = 16  # sequences whose contexts are looked up together
 _ENOUGH_TRIALS = 64
 """Hits after which all strengths of the noise are tried at every fourth place only."""
 
@@ -80,6 +82,7 @@ class Chains(NamedTuple):
     """Arrays that `draft` works in: of each of n chains its text and how far it is."""
 
     keys: NDArray[np.uint64]
+    found: Ints
     text: Ints
     restore: Rows
     survivals: Floats
@@ -92,6 +95,7 @@ def new_chains(num: int, width: int, num_strengths: int) -> Chains:
     """Arrays for `num` chains of at most `width` tokens."""
     return Chains(
         keys=np.empty((num, NUM_CONTEXTS), np.uint64),
+        found=np.empty((num, 2, NUM_CONTEXTS), np.int64),
         text=np.empty((num, TAIL + width), np.int64),
         restore=np.empty((num, width, 2), np.int32),
         survivals=np.ones(num),
@@ -158,7 +162,7 @@ def draft(
     for age in range(len(recency)):
         factor = max(factor, recency[age, 2])
     uses_recency = seen.shape[1] > 0
-    keys, text, restore, survivals, starts, waiting, picks = chains
+    keys, found, text, restore, survivals, starts, waiting, picks = chains
     tokens, masses, own_masses = scratch.tokens, scratch.masses, scratch.own_masses
     scores = scratch.scores
     num_waiting = num
@@ -168,11 +172,16 @@ def draft(
         for index in range(TAIL):
             text[n, index] = tails[handles[n], index]
         hash_contexts(text[n], TAIL, state[KNOWN], correction.numbers, keys[n])
-        fetch_rows(rows, tables[state[TABLE]], tables[0], keys[n], 0, use_shared)
+        fetch_buckets(rows, tables[state[TABLE]], tables[0], keys[n], 0, use_shared)
     # A token of each at a time, so that the rows it needs come from memory meanwhile.
     for step in range(width):
         num_left = 0
         for place in range(num_waiting):
+            if place % _AHEAD == 0:
+                for index in range(place, min(place + _AHEAD, num_waiting)):
+                    n = waiting[index]
+                    own = tables[running[handles[n]][TABLE]]
+                    find_rows(rows, own, tables[0], keys[n], starts[n], use_shared, found[n])
             n = waiting[place]
             if step >= caps[n]:
                 continue
@@ -181,52 +190,44 @@ def draft(
             own, own_seen = tables[state[TABLE]], seen[state[TABLE]]
             end = TAIL + step
             clock = own[CLOCK] + step
-            size, rest, matters, longest, count = mix_tier(
-                rows, own, 0, keys[n], starts[n], mixing, own_seen, clock, recency, scratch,
-                0, 1.0, factor,
+            size, rest, own_longest, count, longest = mix(
+                rows, own, tables[0], use_shared, found[n], starts[n], mixing, own_seen, clock,
+                recency, scratch, factor,
             )  # fmt: skip
             # What was never seen after n tokens is not after n + 1 in the next step.
-            starts[n] = max(longest - 1, 0) if longest < GAPPED else 0
-            match = 0
-            if longest < NUM_CONTEXTS:
-                match = (NUM_CONTEXTS - longest) * MATCH_BINS + log_bin(count, MATCH_BINS)
-            own_longest = longest
-            for index in range(MAX_CANDIDATES):
-                own_masses[index] = masses[index] if index < size else 0.0
-            if use_shared and matters:
-                size, rest, _, longest, _ = mix_tier(
-                    rows, tables[0], 1, keys[n], FIRST_SHARED, mixing, own_seen, clock, recency,
-                    scratch, size, rest, factor,
-                )  # fmt: skip
-                if match == 0:
-                    match = min(NUM_CONTEXTS - longest, MATCH_BINS - 1)
+            starts[n] = max(own_longest - 1, 0) if own_longest < GAPPED else 0
+            match = min(NUM_CONTEXTS - longest, MATCH_BINS - 1)
+            if own_longest < NUM_CONTEXTS:
+                match = (NUM_CONTEXTS - own_longest) * MATCH_BINS + log_bin(count, MATCH_BINS)
             if size == 0:
                 continue
             size = keep_likeliest(tokens, masses, own_masses, size)
+            known_mass = sum_of_lanes(masses)
             history, length = correction.histories[handle], state[LENGTH] + step
             # One alone keeps what it has.
             if size > 1:
                 features, logs = correction.features[step, handle], correction.logs[step, handle]
                 find_features(
                     history, length, state[NUM_PROMPT], own_longest, tokens, masses, own_masses,
-                    size, correction.numbers, features,
+                    size, correction.numbers, scratch.traits, features,
                 )  # fmt: skip
-                correct(correction.weights, own_longest, masses, size, features, logs, scores[0])
+                correct(
+                    correction.weights, own_longest, masses, known_mass, size, features, logs,
+                    scores[0],
+                )  # fmt: skip
             else:
-                scores[0, 0] = 0.0
-            keep(correction, handle, step, own_longest, tokens, masses, size)
+                for index in range(LANES):
+                    scores[0, index] = -np.inf if index else 0.0
+            keep(correction, handle, step, own_longest, tokens, masses, known_mass, size)
             strength = _best_strength(noise_hits, match)
             position = state[POSITION] + step
             is_new = noise_hits[match, strength] < _ENOUGH_TRIALS
             tries_all = len(strengths) > 1 and (position & 3 == 0 or is_new)
             lead, second, second_lead = choose(
                 tokens, masses, size, strengths, strength, tries_all, state[NOISE_KEY], position,
-                scratch.near, scores, picks,
+                scores, picks,
             )  # fmt: skip
             pick = picks[strength]
-            known_mass = 0.0
-            for index in range(size):
-                known_mass += masses[index]
             share = (masses[pick] if len(strengths) == 1 else lead * known_mass) / (
                 known_mass + rest
             )
@@ -266,7 +267,7 @@ def draft(
             if step + 1 < caps[n]:
                 known = min(state[KNOWN] + step + 1, TAIL)
                 hash_contexts(text[n], end + 1, known, correction.numbers, keys[n])
-                fetch_rows(rows, own, tables[0], keys[n], starts[n], use_shared)
+                fetch_buckets(rows, own, tables[0], keys[n], starts[n], use_shared)
                 waiting[num_left] = n
                 num_left += 1
         num_waiting = num_left

@@ -12,11 +12,7 @@ from numpy.typing import NDArray
 
 from streaminator.speculative.memory_correction import Correction, learn_corrections
 from streaminator.speculative.memory_features import extend
-from streaminator.speculative.memory_mixing import (
-    ENOUGH,
-    Scratch,
-    mix_tier,
-)
+from streaminator.speculative.memory_mixing import Scratch, mix
 from streaminator.speculative.memory_rates import (
     KNOWN,
     NUM_SEEN,
@@ -28,12 +24,12 @@ from streaminator.speculative.memory_rates import (
     learn_mixing,
     learn_recency,
 )
-from streaminator.speculative.memory_records import jit
+from streaminator.speculative.memory_records import jit, pack_record
 from streaminator.speculative.memory_tables import (
     CLOCK,
     FIRST_SHARED,
+    NUM_BUCKETS,
     NUM_CONTEXTS,
-    NUM_SLOTS,
     TAIL,
     Ints,
     Rows,
@@ -43,7 +39,7 @@ from streaminator.speculative.memory_tables import (
 )
 
 _LONG = 7  # place of the shortest own match that spares the shared table
-_EAGER, _SELDOM = 8192, 4  # parts are fitted to the first tokens, then to every fourth
+_EAGER, _SELDOM = 8192, 8  # parts are fitted to the first tokens, then to every eighth
 
 
 @jit
@@ -82,6 +78,7 @@ def learn(
     """
     tokens, masses, ages, keys = scratch.tokens, scratch.masses, scratch.ages, scratch.keys
     found, gradient = scratch.found, scratch.gradient
+    record, is_told = scratch.record, top_ids.shape[1] > 0
     num_tiers = 2 if use_shared else 1
     first = first_rejected = 0
     for n in range(len(handles)):
@@ -97,7 +94,14 @@ def learn(
             drawn = new[first : first + num]
             ids, probs = top_ids[first_row:], top_probs[first_row:]
             learn_corrections(
-                correction, handle, predictions[handle], state[PREDICTED], drawn, ids, probs, masses
+                correction,
+                handle,
+                predictions[handle],
+                state[PREDICTED],
+                drawn,
+                ids,
+                probs,
+                scratch.target,
             )
             extend(correction.histories[handle], state, drawn, correction.numbers)
             learn_hits(state, predictions[handle], drawn, hits, second_hits, noise_hits)
@@ -116,36 +120,35 @@ def learn(
                     scratch.estimates,
                 )  # fmt: skip
                 if len(own_seen) > 0:
-                    size, rest, _, _, _ = mix_tier(
-                        rows, own, 0, keys, 0, mixing, own_seen, own[CLOCK], recency, scratch,
-                        0, 1.0, np.inf,
+                    size, rest, _, _, _ = mix(
+                        rows, own, shared, use_shared, found, 0, mixing, own_seen, own[CLOCK],
+                        recency, scratch, np.inf,
                     )  # fmt: skip
-                    if use_shared and rest >= ENOUGH:
-                        size, rest, _, _, _ = mix_tier(
-                            rows, shared, 1, keys, FIRST_SHARED, mixing, own_seen, own[CLOCK], recency,
-                            scratch, size, rest, np.inf,
-                        )  # fmt: skip
                     learn_recency(tokens, masses, ages, size, rest, text[end], recency, gradient)
             # A distribution says something new each time: twice as many contexts are told.
-            excluded_after = 1 if len(ids) == 0 else 2
+            excluded_after = 2 if is_told else 1
+            cell = pack_record(text[end], ids, probs, record) if is_told else text[end]
             knew = NUM_CONTEXTS
-            if own_tier and own[NUM_SLOTS] > 0:
-                knew = count_token(rows, own, keys, 0, excluded_after, text[end], ids, probs)
+            if own_tier and own[NUM_BUCKETS] > 0:
+                knew = count_token(
+                    rows, own, keys, 0, excluded_after, text[end], is_told, cell, record
+                )
                 if len(own_seen) > 0:
                     own_seen[text[end] & (NUM_SEEN - 1)] = own[CLOCK]
             # What a long match of its own prompt foretells, the others need not be told again.
-            if use_shared and (knew > _LONG or len(ids) > 0):
-                count_token(rows, shared, keys, FIRST_SHARED, 2, text[end], ids, probs)
+            if use_shared and (knew > _LONG or is_told):
+                count_token(rows, shared, keys, FIRST_SHARED, 2, text[end], is_told, cell, record)
         for index in range(TAIL):
             tails[handle, index] = text[num + index]
-        for index in range(num_rejected[n] if own_tier and own[NUM_SLOTS] > 0 else 0):
+        for index in range(num_rejected[n] if own_tier and own[NUM_BUCKETS] > 0 else 0):
             # The first one stands where the last of the new tokens was drawn instead.
             end = TAIL + num + index
             text[end - 1] = rejected[first_rejected + index]
             ids, probs = top_ids[first_row + num + index], top_probs[first_row + num + index]
             known = min(state[KNOWN] + num + index, TAIL)
             hash_contexts(text, end, known, correction.numbers, keys)
-            count_token(rows, own, keys, 0, 2, ids[0], ids, probs)
+            cell = pack_record(ids[0], ids, probs, record)
+            count_token(rows, own, keys, 0, 2, ids[0], True, cell, record)
         state[KNOWN] = min(state[KNOWN] + num, TAIL)
         state[POSITION] += num
         first += num

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # In compiled code the integers of Python and numpy are one.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
-"""Compiled logarithms and exponentials: series that vectorise.
+"""Compiled logarithms, exponentials and sums of lanes: loops of LANES turns and series that vectorise.
 
 Used by: `memory_correction`, `memory_noise`.
 """
@@ -14,8 +14,12 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 from streaminator.speculative.memory_records import jit_inline
+
+LANES = 16
+"""Candidates at a time, those that are not there included."""
 
 _ROOT_HALF, _MANTISSA = 0x3FE6A09E667F3BCD, 52
 _LN2 = math.log(2)
@@ -63,3 +67,20 @@ def exp(x: float) -> float:
     series = 1 / 5040 + x * (1 / 40320 + x * (1 / 362880 + x * (1 / 3628800)))
     series = 1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * series)))
     return (1 + x * (1 + x * (0.5 + x * series))) * _as_float((power + 1023) << _MANTISSA)
+
+
+@jit_inline
+def sum_of_lanes(x: NDArray) -> float:
+    """Of LANES numbers, pairwise."""
+    low = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]))
+    return low + (((x[8] + x[9]) + (x[10] + x[11])) + ((x[12] + x[13]) + (x[14] + x[15])))
+
+
+@jit_inline
+def most_of_lanes(x: NDArray) -> float:
+    """The greatest of LANES numbers."""
+    first, second, third, fourth = x[0], x[1], x[2], x[3]
+    for k in range(4, LANES, 4):
+        first, second = max(first, x[k]), max(second, x[k + 1])
+        third, fourth = max(third, x[k + 2]), max(fourth, x[k + 3])
+    return max(max(first, second), max(third, fourth))

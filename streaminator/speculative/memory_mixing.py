@@ -6,6 +6,9 @@
 Contexts of one place point to the same records: the parts of each are added up, then it is read
 once. Records with little to say are not read at all.
 
+What is stored cannot be guessed, and to guess wrong costs the processor more than the work: so the
+loops add to a place beyond the last one, and count it or do not, instead of asking first.
+
 Used by: `memory_kernels`, `memory_learning`.
 """
 
@@ -14,40 +17,42 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.speculative.memory_features import TRAITS_SHAPE
+from streaminator.speculative.memory_math import LANES
 from streaminator.speculative.memory_rates import NUM_AGES, Floats, age_of, kind_of, part_of
 from streaminator.speculative.memory_records import (
     EMPTY,
+    MAX_ENTRIES,
     NUM_CELLS,
     ONE,
     RECORDS,
     Ints,
     Rows,
     entry_of,
-    jit,
     jit_inline,
+    nth,
+    peek,
     prefetch,
 )
 from streaminator.speculative.memory_tables import (
+    FIRST_SHARED,
     GAPPED,
     LAST_GAPPED,
     NUM_CONTEXTS,
-    NUM_SLOTS,
     SCALE,
     START,
-    find,
     total_of,
 )
 
-MAX_CANDIDATES = MAX_REFS = 64
+MAX_CANDIDATES = 64
+_MAX_REFS = NUM_CONTEXTS * NUM_CELLS
 ENOUGH = 0.02
 """Of the mass may stay unexplained: what is left hardly changes the draft."""
 _LITTLE = 0.01  # mass of a context whose records are not looked at
 _LIGHT = 0.03  # a record that gets less of the mass is not read, unless none gets more
 _FAINT = 0.002  # mass of a record's entry that is not looked at
 _LEAST = 0.001  # mass that makes a candidate
-_MIXTURES = 512
-NUM_HINTS = _MIXTURES + 2
-"""Scratch: for cells and for tokens 256 hints each, and the number of the mixture they are of."""
+_NOWHERE = 255
 
 
 class Scratch(NamedTuple):
@@ -58,166 +63,239 @@ class Scratch(NamedTuple):
     ages: Ints
     refs: Ints
     parts: Floats
-    hints: Ints
-    near: Ints
+    hints: NDArray[np.uint8]
+    """[2, 256] where tokens, and cells, with these low bits are among those so far."""
+    own_masses: Floats
+    contexts: Ints
+    """[2, contexts] of those to mix in the row, and before that the place."""
+    heres: Floats
+    """[2, contexts] the mass each takes, and what it leaves."""
     scores: Floats
+    traits: Rows
+    target: NDArray[np.float32]
+    record: Rows
     keys: NDArray[np.uint64]
     found: Ints
     places: Ints
     estimates: Floats
     gradient: Floats
-    own_masses: Floats
 
 
 def new_scratch() -> Scratch:
     """Arrays for one memory."""
     return Scratch(
-        tokens=np.empty(MAX_CANDIDATES, np.int64),
-        masses=np.empty(MAX_CANDIDATES),
-        ages=np.empty(MAX_CANDIDATES, np.int64),
-        refs=np.empty(MAX_REFS, np.int64),
-        parts=np.empty(MAX_REFS),
-        hints=np.zeros(NUM_HINTS, np.int64),
-        near=np.empty((2, MAX_CANDIDATES), np.int64),
-        scores=np.empty((2, MAX_CANDIDATES)),
+        tokens=np.zeros(MAX_CANDIDATES + 1, np.int64),
+        masses=np.empty(MAX_CANDIDATES + 1),
+        ages=np.empty(MAX_CANDIDATES + 1, np.int64),
+        refs=np.zeros(_MAX_REFS + 1, np.int64),
+        parts=np.zeros(_MAX_REFS + 1),
+        hints=np.empty((2, 256), np.uint8),
+        own_masses=np.empty(MAX_CANDIDATES + 1),
+        contexts=np.empty((2, NUM_CONTEXTS + 1), np.int64),
+        heres=np.empty((2, NUM_CONTEXTS + 1)),
+        scores=np.empty((2, LANES)),
+        traits=np.zeros(TRAITS_SHAPE, np.int32),
+        target=np.empty(LANES, np.float32),
+        record=np.empty(MAX_ENTRIES + 1, np.int32),
         keys=np.empty(NUM_CONTEXTS, np.uint64),
         found=np.empty((2, NUM_CONTEXTS), np.int64),
         places=np.empty((2 * NUM_CONTEXTS, 4), np.int64),
         estimates=np.empty((3, 2 * NUM_CONTEXTS + 1)),
         gradient=np.empty(NUM_AGES),
-        own_masses=np.empty(MAX_CANDIDATES),
     )
 
 
-@jit
-def mix_tier(
+@jit_inline
+def mix(
     rows: Rows,
-    table: Ints,
-    tier: int,
-    keys: NDArray,
+    own: Ints,
+    shared: Ints,
+    use_shared: bool,
+    found: Ints,
     first: int,
     mixing: Floats,
     seen: Rows,
     clock: int,
     recency: Floats,
     scratch: Scratch,
-    size: int,
-    rest: float,
     factor: float,
-) -> tuple[int, float, bool, int, int]:
-    """Add a table's contexts from `first` on to the mixture, until the rest cannot matter.
+) -> tuple[int, float, int, int, int]:
+    """Mix the contexts found in a prompt's table from `first` on, then in the shared one, until the
+    rest cannot matter.
 
-    The first `size` tokens and masses in `scratch` are the mixture so far.
-
-    Returns: the number of candidates, the mass left, whether that matters, the longest match's
-    place and count.
+    Returns: the number of candidates, the mass left, the own longest match's place and count, the
+    shared one's place.
     """
-    tokens, masses, ages, refs, parts, hints = scratch[:6]
-    longest, count = NUM_CONTEXTS, 0
-    if table[NUM_SLOTS] == 0:
-        return size, rest, True, longest, count
-    num_refs = 0
-    hints[_MIXTURES] += 1
-    hints[_MIXTURES + 1] += size == 0
-    for place in range(first, NUM_CONTEXTS):
-        if keys[place] == 0:
-            continue
-        row = find(rows, table, keys[place])
-        if row < 0:
-            continue
-        total, distinct = total_of(rows, row)
-        if longest == NUM_CONTEXTS and not GAPPED <= place <= LAST_GAPPED:
-            longest, count = place, total // SCALE
-        part = part_of(mixing, tier, place, kind_of(total, distinct))
-        here = rest * part
-        rest *= 1 - part
-        if np.int64(rows[row, 1]) & RECORDS:
-            if here < _LITTLE:
+    tokens, masses, ages, refs, parts, hints, own_masses, contexts, heres = scratch[:9]
+    longest = shared_longest = NUM_CONTEXTS
+    size = count = 0
+    rest = 1.0
+    hints[0] = _NOWHERE
+    for tier in range(2 if use_shared else 1):
+        table = shared if tier else own
+        start, matters = table[START], True
+        num = 0
+        for place in range(FIRST_SHARED if tier else first, NUM_CONTEXTS):
+            contexts[0, nth(num)], contexts[1, nth(num)] = found[tier, place], place
+            num += found[tier, place] >= 0
+        num_told = 0
+        for index in range(num):
+            row, place = contexts[0, index], contexts[1, index]
+            total, distinct = total_of(rows, row)
+            is_longest = not GAPPED <= place <= LAST_GAPPED
+            if tier:
+                shared_longest = min(shared_longest, place) if is_longest else shared_longest
+            else:
+                is_longest &= longest == NUM_CONTEXTS
+                longest = place if is_longest else longest
+                count = total // SCALE if is_longest else count
+            part = part_of(mixing, tier, place, kind_of(total, distinct))
+            contexts[0, nth(num_told)] = row
+            heres[0, nth(num_told)] = here = rest * part
+            rest *= 1 - part
+            heres[1, nth(num_told)] = rest
+            num_told += here >= _LITTLE
+        num_refs = 0
+        hints[1] = _NOWHERE
+        for index in range(num_told):
+            row, here, left = contexts[0, index], heres[0, index], heres[1, index]
+            total, _ = total_of(rows, row)
+            if peek(rows, row, 1) & RECORDS:
+                num_refs = _refer(rows, row, start, here, refs, parts, hints, num_refs)
                 continue
-            num = 0
-            while num < NUM_CELLS and rows[row, 2 + num] != EMPTY:
-                num += 1
-            for index in range(num):
-                cell = np.int64(rows[row, 2 + index])
-                # Contexts of one place point to the same records, which are read once.
-                slot = _seat(hints, cell & 255, refs, cell, num_refs)
-                if slot < MAX_REFS:
-                    if slot == num_refs:
-                        num_refs += 1
-                        refs[slot], parts[slot] = cell, 0.0
-                        prefetch(rows, table[START] - 2 - min(cell, -2))
-                    parts[slot] += here / num
-        else:
             size = _mix_list(
-                rows,
-                table,
-                row,
-                here / total,
-                seen,
-                clock,
-                recency,
-                tokens,
-                masses,
-                ages,
-                size,
+                rows, start, row, here / total, seen, clock, recency, tokens, masses, ages, size,
                 hints,
-            )
-        if rest < ENOUGH:
-            break
-        if rest > 0.5 or num_refs > 0:
-            continue
-        top = second = 0.0
-        for slot in range(size):
-            if masses[slot] > top:
-                top, second = masses[slot], top
-            elif masses[slot] > second:
-                second = masses[slot]
-        if top - second > factor * rest:
-            return size, rest, False, longest, count
-    heaviest = 0.0
-    for slot in range(num_refs):
-        heaviest = max(heaviest, parts[slot])
-    for slot in range(num_refs):
-        cell, mass = refs[slot], parts[slot]
-        if mass < min(_LIGHT, heaviest):
-            continue
-        if cell >= 0:
-            size = _mix_in(cell, mass, seen, clock, recency, tokens, masses, ages, size, hints)
-            continue
-        record = table[START] - 2 - cell
-        for index in range(rows[record, 0]):
-            token, share = entry_of(rows, record, index)
-            here = mass * (share / ONE)
-            if here < _FAINT:
+            )  # fmt: skip
+            if left > 0.5 or num_refs > 0:
                 continue
-            size = _mix_in(token, here, seen, clock, recency, tokens, masses, ages, size, hints)
-    return size, rest, rest >= ENOUGH, longest, count
+            top = second = 0.0
+            for slot in range(size):
+                if masses[slot] > top:
+                    top, second = masses[slot], top
+                elif masses[slot] > second:
+                    second = masses[slot]
+            if top - second > factor * left:
+                matters, rest = False, left
+                break
+        heaviest = 0.0
+        for slot in range(num_refs):
+            heaviest = max(heaviest, parts[slot])
+        least = min(_LIGHT, heaviest)
+        num = 0
+        for slot in range(num_refs):
+            cell, mass = refs[slot], parts[slot]
+            refs[nth(num)], parts[nth(num)] = cell, mass
+            num += mass >= least
+        for slot in range(num):
+            cell, mass = refs[slot], parts[slot]
+            if cell >= 0:
+                size = _mix_in(cell, mass, seen, clock, recency, tokens, masses, ages, size, hints)
+            elif len(seen) == 0:
+                size = _mix_record(rows, -2 - cell, mass, tokens, masses, ages, size, hints)
+            else:
+                for index in range(peek(rows, -2 - cell, 0)):
+                    token, share = entry_of(rows, -2 - cell, index)
+                    here = mass * (share / ONE)
+                    if here < _FAINT:
+                        continue
+                    size = _mix_in(
+                        token, here, seen, clock, recency, tokens, masses, ages, size, hints
+                    )
+        if tier == 0:
+            for slot in range(len(own_masses)):
+                own_masses[slot] = masses[slot] if slot < size else 0.0
+            if rest < ENOUGH or not matters:
+                break
+    return size, rest, longest, count, shared_longest
 
 
 @jit_inline
-def _seat(hints: Ints, place: int, values: Ints, value: int, size: int) -> int:
-    """Where a value is among the first `size`, or `size`: then it will be there.
+def _mix_record(
+    rows: Rows,
+    record: int,
+    mass: float,
+    tokens: Ints,
+    masses: Floats,
+    ages: Ints,
+    size: int,
+    hints: NDArray[np.uint8],
+) -> int:
+    """Add a record's entries where recency does not matter; returns the number of candidates."""
+    mass *= 1 / ONE
+    for index in range(min(peek(rows, record, 0), MAX_CANDIDATES - size)):
+        token, share = entry_of(rows, record, index)
+        here = mass * share
+        # Likeliest first.
+        if here < _FAINT:
+            break
+        place = token & 255
+        tokens[nth(size)], ages[nth(size)], masses[nth(size)] = token, 0, 0.0
+        slot = min(np.int64(hints[0, place]), size)
+        if tokens[nth(slot)] != token:  # seldom: another token has its place
+            slot = _search(tokens, token, size)
+        masses[nth(slot)] += here
+        hints[0, place] = slot
+        size = max(size, slot + 1)
+    return size
 
-    A hint is where the first value with these low bits went, and in which mixture that was.
-    """
-    mixture = hints[_MIXTURES + (place >> 8)]
-    hint = hints[place]
-    if hint >> 8 != mixture:
-        hints[place] = mixture << 8 | size
-        return size
-    slot = hint & 255
-    if values[slot] == value:
-        return slot
+
+@jit_inline
+def _search(tokens: Ints, token: int, size: int) -> int:
     slot = 0
-    while slot < size and values[slot] != value:
+    while slot < size and tokens[nth(slot)] != token:
         slot += 1
     return slot
 
 
 @jit_inline
+def _refer(
+    rows: Rows,
+    row: int,
+    start: int,
+    mass: float,
+    refs: Ints,
+    parts: Floats,
+    hints: NDArray[np.uint8],
+    num_refs: int,
+) -> int:
+    """Share a context's mass out to its cells; returns the number of different ones so far.
+
+    Contexts of one place point to the same records, which are read once.
+    """
+    num = 0
+    for index in range(NUM_CELLS):
+        num += peek(rows, row, 2 + index) != EMPTY
+    mass /= num
+    for index in range(num):
+        cell = peek(rows, row, 2 + index)
+        cell -= start & ((cell + 1) >> 63)
+        place = cell & 255
+        refs[nth(num_refs)], parts[nth(num_refs)] = cell, 0.0
+        slot = min(np.int64(hints[1, place]), num_refs)
+        if refs[nth(slot)] != cell:  # seldom: another cell has its place
+            slot = num_refs
+        parts[nth(slot)] += mass
+        hints[1, place] = slot
+        num_refs = max(num_refs, slot + 1)
+        prefetch(rows, max(-2 - cell, 0))
+    return num_refs
+
+
+@jit_inline
+def _seat(hints: Ints, tokens: Ints, token: int, size: int) -> int:
+    """Where a token is among the first `size`, or `size`: then it will be there."""
+    slot = np.int64(hints[0, token & 255])
+    if slot >= size:
+        hints[0, token & 255] = size
+        return size
+    return slot if tokens[slot] == token else _search(tokens, token, size)
+
+
+@jit_inline
 def _mix_list(
     rows: Rows,
-    table: Ints,
+    start: int,
     row: int,
     scale: float,
     seen: Rows,
@@ -227,7 +305,7 @@ def _mix_list(
     masses: Floats,
     ages: Ints,
     size: int,
-    hints: Ints,
+    hints: NDArray[np.uint8],
 ) -> int:
     """Add the continuations that a context counted; returns the number of candidates."""
     at, column, num = row, 2, 2
@@ -239,7 +317,7 @@ def _mix_list(
             mass = scale * rows[at, column + 2 * index + 1]
             # Lists are short: what is there already is soon found.
             slot = 0
-            while slot < size and tokens[slot] != token:
+            while slot < size and tokens[nth(slot)] != token:
                 slot += 1
             if slot < size:
                 masses[slot] += mass * recency[ages[slot], 2]
@@ -247,7 +325,7 @@ def _mix_list(
                 size = _mix_in(token, mass, seen, clock, recency, tokens, masses, ages, size, hints)
         if rows[at, 6] < 0:
             return size
-        at = table[START] + rows[at, 6]
+        at = start + rows[at, 6]
         column, num = 0, 3
 
 
@@ -262,13 +340,12 @@ def _mix_in(
     masses: Floats,
     ages: Ints,
     size: int,
-    hints: Ints,
+    hints: NDArray[np.uint8],
 ) -> int:
     """Add mass to a candidate; returns the number of candidates."""
-    slot = _seat(hints, 256 + (token & 255), tokens, token, size)
+    slot = _seat(hints, tokens, token, size)
     if slot == size:
         if size == MAX_CANDIDATES or mass < _LEAST:
-            hints[256 + (token & 255)] = 0
             return size
         size += 1
         tokens[slot] = token

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from streaminator.speculative.memory_math import log
+from streaminator.speculative.memory_math import log, most_of_lanes
 from streaminator.speculative.memory_rates import Floats
 from streaminator.speculative.memory_records import Ints, jit_inline
 from streaminator.speculative.memory_tables import mix64
@@ -51,14 +51,13 @@ def choose(
     tries_all: bool,
     key: int,
     position: int,
-    near: Ints,
     scores: Floats,
     picks: Ints,
 ) -> tuple[float, int, float]:
     """For each strength of the noise the index of the best candidate.
 
-    With noise `scores[0]` [size] are logarithms of the masses, but for a constant; it, `scores[1]`
-    and `near` [2, size] are scratch.
+    With noise `scores[0]` [LANES] are logarithms of the masses, but for a constant, -inf from
+    `size` on; it and `scores[1]` are scratch.
 
     Returns: with noise how far the best one at `strength` leads the next, from one half to one,
     without one; the index of the next, -1: there is none; the same lead of it over the third.
@@ -72,42 +71,40 @@ def choose(
                 next_index = index
         picks[0] = top
         return 1.0, next_index, 1.0
-    most = -np.inf
-    for index in range(size):
-        most = max(most, scores[0, index])
-    hopeless = most + _HOPELESS
-    num = 0
-    for index in range(size):
-        score = scores[0, index]
-        near[0, num], near[1, num] = index, tokens[index]
-        scores[0, num] = score
-        num += score >= hopeless
+    near, noise = scores[0], scores[1]
+    hopeless = most_of_lanes(near) + _HOPELESS
+    num, pick = 0, 0
+    for index in range(len(noise)):
+        num += near[index] >= hopeless
     if num == 1:
+        for index in range(len(noise)):
+            pick = index if near[index] >= hopeless else pick
         for j in range(len(strengths)):
-            picks[j] = near[0, 0]
+            picks[j] = pick
         return 1.0, -1, 0.0
     row = _row_of(key, position)
-    for index in range(num):
-        scores[1, index] = _log_exponential(row, near[1, index])
+    for index in range(len(noise)):
+        noise[index] = _log_exponential(row, tokens[index])
+    for index in range(len(noise)):
+        near[index] = near[index] if near[index] >= hopeless else -np.inf
     first = second = third = -np.inf
     pick = next_index = -1
-    for index in range(num):
-        here = scores[0, index] - strengths[strength] * scores[1, index]
-        if here > first:
-            third, second, first = second, first, here
-            pick, next_index = near[0, index], pick
-        elif here > second:
-            third, second, next_index = second, here, near[0, index]
-        elif here > third:
-            third = here
+    for index in range(size):
+        here = near[index] - strengths[strength] * noise[index]
+        is_first, is_second = here > first, here > second
+        third = max(third, min(second, here))
+        next_index = pick if is_first else (index if is_second else next_index)
+        second = max(second, min(first, here))
+        pick = index if is_first else pick
+        first = max(first, here)
     if tries_all:
         for j in range(len(strengths)):
             best = -np.inf
-            for index in range(num):
-                here = scores[0, index] - strengths[j] * scores[1, index]
-                if here > best:
-                    best = here
-                    picks[j] = near[0, index]
+            for index in range(size):
+                here = near[index] - strengths[j] * noise[index]
+                is_best = here > best
+                picks[j] = index if is_best else picks[j]
+                best = max(best, here)
     picks[strength] = pick
     lead = 1 / (1 + math.exp(second - first))
     if next_index < 0:

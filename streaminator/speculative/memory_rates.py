@@ -17,7 +17,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_records import jit, jit_inline, log_bin
+from streaminator.speculative.memory_records import jit, jit_inline, log_bin, nth
 from streaminator.speculative.memory_tables import (
     NUM_CONTEXTS,
     SCALE,
@@ -91,7 +91,9 @@ def kind_of(total: int, distinct: int) -> tuple[int, int]:
 @jit_inline
 def part_of(mixing: Floats, tier: int, place: int, kind: tuple[int, int]) -> float:
     """Part of the mass that such a context takes."""
-    reached, taken = mixing[tier, place, kind[0], kind[1]]
+    count, distinct = nth(kind[0]), nth(kind[1])
+    reached = mixing[nth(tier), nth(place), count, distinct, 0]
+    taken = mixing[nth(tier), nth(place), count, distinct, 1]
     return (taken + 1.0) / (reached + 2.0)
 
 

@@ -36,6 +36,7 @@ RECORDS = 512
 NUM_CELLS = 5
 MAX_ENTRIES = 15
 """Of a record: two rows."""
+_PER_ROW = 8
 ONE = 4095
 """Fixed point of probabilities."""
 _LEAST = 40  # of ONE: less of a distribution is not stored
@@ -93,6 +94,49 @@ prefetch: Any = intrinsic(_prefetch)
 """`prefetch(rows, index)` has the processor fetch `rows[index]` meanwhile."""
 
 
+def _match(context: Any, rows: Any, row: Any, value: Any) -> Any:
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = signature.args[0]
+        array = context.make_array(kind)(context, builder, arguments[0])
+        at = [arguments[1], context.get_constant(types.intp, 0)]
+        pointer = cgutils.get_item_pointer(context, builder, kind, array, at, wraparound=False)
+        lanes = ir.VectorType(ir.IntType(32), _PER_ROW)
+        there = builder.load(builder.bitcast(pointer, lanes.as_pointer()), align=4 * _PER_ROW)
+        one = builder.insert_element(
+            ir.Constant(lanes, ir.Undefined),
+            builder.trunc(arguments[2], ir.IntType(32)),
+            ir.IntType(32)(0),
+        )
+        places = ir.Constant(lanes, [0] * _PER_ROW)
+        same = builder.icmp_signed("==", there, builder.shuffle_vector(one, one, places))
+        bits = builder.bitcast(same, ir.IntType(_PER_ROW))
+        found = builder.cttz(builder.zext(bits, ir.IntType(64)), ir.IntType(1)(0))
+        return builder.select(
+            builder.icmp_unsigned("<", found, ir.IntType(64)(_PER_ROW)),
+            found,
+            ir.IntType(64)(_PER_ROW),
+        )
+
+    return types.int64(rows, types.intp, types.int64), generate
+
+
+match: Any = intrinsic(_match)
+"""`match(rows, row, value)` is the column of a row that has a value, 8: none. One comparison."""
+
+
+@jit_inline
+def nth(index: int) -> int:
+    """An index that does not count from the end, so that nothing is done in case it does."""
+    return np.uint64(index)
+
+
+@jit_inline
+def peek(rows: Rows, row: int, column: int) -> int:
+    """What is in a row."""
+    return np.int64(rows[nth(row), nth(column)])
+
+
 def _leading_zeros(context: Any, x: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -119,57 +163,65 @@ def num_rows_of(num_entries: int) -> int:
 @jit_inline
 def entry_of(rows: Rows, record: int, index: int) -> tuple[int, int]:
     """Token and probability (of ONE) of an entry."""
-    place = index + 1
-    packed = np.int64(np.uint32(rows[record + (place >> 3), place & 7]))
+    # An entry beyond the first row is where the next one begins: rows lie side by side.
+    packed = np.int64(np.uint32(peek(rows, record, index + 1)))
     return packed >> _SHIFT, packed & ONE
 
 
 @jit
-def write_record(
-    rows: Rows, start: int, free: int, end: int, token: int, ids: Ints, probs: NDArray[np.float32]
-) -> tuple[int, int, int]:
-    """Store a distribution in a table's rows from `free` on, and before `end`.
+def pack_record(token: int, ids: Ints, probs: NDArray[np.float32], record: Rows) -> int:
+    """Pack a distribution into `record` [MAX_ENTRIES + 1] as it is stored.
 
-    Returns: its cell, its number of entries, the rows it took (0: the cell is a token).
+    Returns: the token that stands for it where `record` has no entry.
     """
+    record[0] = 0
     num, left, is_listed = 0, ONE, False
-    at = start + free
-    room = 15 if free + 2 <= end else 7 if free < end else 0
     for j in range(len(ids)):
         mass = min(left, np.int64(probs[j] * ONE + 0.5))
         if mass >= _SURE:
-            return np.int64(ids[j]), 1, 0
+            return np.int64(ids[j])
         is_listed |= ids[j] == token
-        if mass >= _LEAST and num < room:
-            place = num + 1
-            packed = ((np.int64(ids[j]) & _TOKEN_BITS) << _SHIFT) | mass
-            rows[at + (place >> 3), place & 7] = np.int32(packed)
+        if mass >= _LEAST and num < MAX_ENTRIES:
             num += 1
+            record[nth(num)] = ((np.int64(ids[j]) & _TOKEN_BITS) << _SHIFT) | mass
             left -= mass
     # A token drawn from outside the stored candidates stands for the mass they leave.
-    if not is_listed and left >= _LEAST and num < room:
-        place = num + 1
-        packed = ((np.int64(token) & _TOKEN_BITS) << _SHIFT) | left
-        rows[at + (place >> 3), place & 7] = np.int32(packed)
+    if not is_listed and left >= _LEAST and num < MAX_ENTRIES:
         num += 1
-    if num == 0:
-        return np.int64(token), 1, 0
-    rows[at, 0] = num
-    return -2 - free, num, num_rows_of(num)
+        record[nth(num)] = ((np.int64(token) & _TOKEN_BITS) << _SHIFT) | left
+    record[0] = num
+    return token
 
 
 @jit
+def write_record(
+    rows: Rows, start: int, free: int, end: int, token: int, record: Rows
+) -> tuple[int, int, int]:
+    """Store a record in a table's rows from `free` on, and before `end`.
+
+    Returns: its cell, its number of entries, the rows it took (0: the cell is a token).
+    """
+    num = min(np.int64(record[0]), MAX_ENTRIES if free + 2 <= end else _PER_ROW - 1)
+    if free >= end:
+        return token, 1, 0
+    for index in range(num + 1):
+        rows[nth(start + free + (index >> 3)), index & 7] = record[index]
+    rows[nth(start + free), 0] = num
+    return -2 - free, num, num_rows_of(num)
+
+
+@jit_inline
 def push_cell(rows: Rows, row: int, cell: int, num: int) -> None:
     """One more observation of a context; the oldest makes room."""
-    packed = np.int64(rows[row, 1])
+    packed = peek(rows, row, 1)
     if packed & RECORDS == 0:
         # It was told tokens until now: the two in its row stay.
         rows[row, 3] = rows[row, 4]
         rows[row, 4] = rows[row, 5] = EMPTY
     for column in range(NUM_CELLS + 1, 2, -1):
-        rows[row, column] = rows[row, column - 1]
-    rows[row, 2] = cell
-    rows[row, 1] = (packed & _COUNT) | RECORDS | num
+        rows[nth(row), column] = rows[nth(row), column - 1]
+    rows[nth(row), 2] = cell
+    rows[nth(row), 1] = (packed & _COUNT) | RECORDS | num
 
 
 @jit

@@ -3,10 +3,13 @@
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 """Compiled tables of counted contexts: look up and count.
 
-A table is a range of 32-byte rows of one arena. The first part is an open-addressing hash table
-of contexts, the second holds overflow rows, and records of distributions.
+A table is a range of 32-byte rows of one arena. The first part is a hash table: a bucket is a cache
+line of two rows, the second has the rows' numbers of up to eight contexts, the first what tells them
+apart. All other rows are handed out one after another.
 
-    context row    check, total, token, weight, token, weight, first overflow row, last touched
+    bucket         check, check, check, check, check, check, check, check
+                   row, row, row, row, row, row, row, row
+    context row    -, total, token, weight, token, weight, first overflow row, last touched
     overflow row   token, weight, token, weight, token, weight, next overflow row, -
 
 A weight is SCALE for each time the token followed, a total SCALE for each time anything did; its
@@ -28,6 +31,9 @@ from streaminator.speculative.memory_records import (
     jit,
     jit_inline,
     mass_in_cell,
+    match,
+    nth,
+    peek,
     prefetch,
     push_cell,
     share_in_cells,
@@ -44,9 +50,6 @@ numbers), the last 3, 2, 1 tokens."""
 FIRST_SHARED = 3
 """Contexts from here on are kept across prompts; longer ones gain nothing there."""
 NUM_SHARED_CONTEXTS = NUM_CONTEXTS - FIRST_SHARED
-_PLACE = np.full(MAX_ORDER + 1, -1)
-_PLACE[[1, 2, 3, 4, 6, 8, 12]] = [9, 8, 7, 3, 2, 1, 0]
-"""Place of the last n tokens among the contexts."""
 GAPPED, LAST_GAPPED = 4, 6
 """Those with gaps."""
 _NUMBER = 1 << 40  # stands for any number
@@ -57,7 +60,9 @@ ROW_BYTES = 32
 _FORETOLD = 0.25  # of a distribution: such a token was known
 
 # Columns of a table's record.
-START, NUM_SLOTS, NUM_ROWS, USED_SLOTS, USED_OVERFLOW, CLOCK = range(6)
+START, NUM_BUCKETS, NUM_ROWS, USED_CONTEXTS, USED_ROWS, CLOCK = range(6)
+PER_BUCKET = 8
+"""Contexts. A bucket that is full sends more to the next one."""
 
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
@@ -84,19 +89,32 @@ def is_number(numbers: NDArray[np.bool_], token: int) -> bool:
 def hash_contexts(
     text: Ints, end: int, known: int, numbers: NDArray[np.bool_], keys: NDArray
 ) -> None:
-    """Keys of the contexts before `text[end]`, `known` tokens of which are there; 0: no such."""
-    keys[:] = 0
-    key = _ONE
-    for n in range(1, min(known, MAX_ORDER) + 1):
-        key = _extend(key, text[end - n])
-        if _PLACE[n] >= 0:
-            keys[_PLACE[n]] = _digest(key)
-    if known >= 4:
-        key = _extend(_extend(_ONE, text[end - 4]), text[end - 3])
-        keys[GAPPED + 1] = _digest(~_extend(key, text[end - 2]))
+    """Keys of the contexts before `text[end]`, `known` tokens of which are there; 0: no such.
+
+    Others of the TAIL tokens before it are anything.
+    """
+    one = _extend(_ONE, text[nth(end - 1)])
+    two = _extend(one, text[nth(end - 2)])
+    three = _extend(two, text[nth(end - 3)])
+    four = _extend(three, text[nth(end - 4)])
+    six = _extend(_extend(four, text[nth(end - 5)]), text[nth(end - 6)])
+    eight = _extend(_extend(six, text[nth(end - 7)]), text[nth(end - 8)])
+    ten = _extend(_extend(eight, text[nth(end - 9)]), text[nth(end - 10)])
+    twelve = _extend(_extend(ten, text[nth(end - 11)]), text[nth(end - 12)])
+    none = np.uint64(0)
+    keys[0] = _digest(twelve) if known >= 12 else none
+    keys[1] = _digest(eight) if known >= 8 else none
+    keys[2] = _digest(six) if known >= 6 else none
+    keys[3] = _digest(four) if known >= 4 else none
+    key = _extend(_extend(_ONE, text[nth(end - 4)]), text[nth(end - 3)])
+    keys[GAPPED + 1] = _digest(~_extend(key, text[nth(end - 2)])) if known >= 4 else none
+    keys[GAPPED] = keys[LAST_GAPPED] = none
+    keys[7] = _digest(three) if known >= 3 else none
+    keys[8] = _digest(two) if known >= 2 else none
+    keys[9] = _digest(one) if known >= 1 else none
     key, words, index = _ONE, 0, end - 1
     while words < 6 and index >= end - known:
-        token = text[index]
+        token = text[nth(index)]
         index -= 1
         if is_number(numbers, token):
             token = _NUMBER
@@ -126,67 +144,102 @@ def _digest(key: int) -> int:
 
 
 @jit_inline
-def home_of(check: int, table: Ints) -> int:
-    """Where a context's row is looked for first."""
-    return np.int64((np.uint64(np.uint32(check)) * np.uint64(table[NUM_SLOTS])) >> _SHIFT32)
+def bucket_of(check: int, table: Ints) -> int:
+    """First row of the bucket where a context is looked for first."""
+    bucket = (np.uint64(np.uint32(check)) * np.uint64(table[NUM_BUCKETS])) >> _SHIFT32
+    return table[START] + 2 * np.int64(bucket)
+
+
+@jit_inline
+def _bucket_after(bucket: int, table: Ints) -> int:
+    bucket += 2
+    return bucket if bucket < table[START] + 2 * table[NUM_BUCKETS] else table[START]
 
 
 @jit_inline
 def find(rows: Rows, table: Ints, key: int) -> int:
-    """Row of a context; -1 - row of the empty slot where it would go."""
-    check = np.int32(key)
-    slot = home_of(check, table)
-    while True:
-        row = table[START] + slot
-        there = rows[row, 0]
-        if there == check:
-            return row
-        if there == 0:
-            return -1 - row
-        slot += 1
-        if slot == table[NUM_SLOTS]:
-            slot = 0
+    """Row of a context; -1: not there."""
+    check = np.int64(np.int32(key))
+    bucket = bucket_of(check, table)
+    column = match(rows, bucket, check)
+    # Not there, and the bucket full: one condition, as whether it is there cannot be guessed.
+    while column >= PER_BUCKET + np.int64(peek(rows, bucket, PER_BUCKET - 1) == 0):
+        bucket = _bucket_after(bucket, table)
+        column = match(rows, bucket, check)
+    row = table[START] + peek(rows, bucket + 1, column & (PER_BUCKET - 1))
+    return row if column < PER_BUCKET else -1
 
 
 @jit_inline
-def fetch_rows(
+def enter(rows: Rows, table: Ints, check: int) -> int:
+    """A row for a context that is not there yet; -1: there is no room."""
+    free = table[USED_ROWS]
+    # Look-ups end at a bucket that is not full: some must stay.
+    if free == table[NUM_ROWS] or table[USED_CONTEXTS] >= 7 * table[NUM_BUCKETS]:
+        return -1
+    bucket = bucket_of(check, table)
+    column = match(rows, bucket, 0)
+    while column == PER_BUCKET:
+        bucket = _bucket_after(bucket, table)
+        column = match(rows, bucket, 0)
+    rows[nth(bucket), nth(column)] = check
+    rows[nth(bucket + 1), nth(column)] = free
+    table[USED_ROWS] += 1
+    table[USED_CONTEXTS] += 1
+    return table[START] + free
+
+
+@jit_inline
+def fetch_buckets(
     rows: Rows, own: Ints, shared: Ints, keys: NDArray, first: int, use_shared: bool
 ) -> None:
-    """Have the processor fetch the rows where contexts are looked up soon."""
-    for place in range(first if own[NUM_SLOTS] > 0 else NUM_CONTEXTS, NUM_CONTEXTS):
-        prefetch(rows, own[START] + home_of(np.int32(keys[place]), own))
+    """Have the processor fetch the buckets where contexts are looked up soon."""
+    for place in range(first if own[NUM_BUCKETS] > 0 else NUM_CONTEXTS, NUM_CONTEXTS):
+        prefetch(rows, bucket_of(np.int32(keys[place]), own))
     for place in range(FIRST_SHARED if use_shared else NUM_CONTEXTS, NUM_CONTEXTS):
-        prefetch(rows, shared[START] + home_of(np.int32(keys[place]), shared))
+        prefetch(rows, bucket_of(np.int32(keys[place]), shared))
+
+
+@jit_inline
+def find_rows(
+    rows: Rows, own: Ints, shared: Ints, keys: NDArray, first: int, use_shared: bool, found: Ints
+) -> None:
+    """Look contexts up, `first` the longest of the own table, and have their rows fetched.
+
+    `found` [2, NUM_CONTEXTS] becomes the rows in either table, -1 where there is none.
+    """
+    for place in range(NUM_CONTEXTS):
+        found[0, place] = found[1, place] = -1
+    for place in range(first if own[NUM_BUCKETS] > 0 else NUM_CONTEXTS, NUM_CONTEXTS):
+        row = find(rows, own, keys[place]) if keys[place] else -1
+        found[0, place] = row
+        prefetch(rows, max(row, 0))
+    for place in range(FIRST_SHARED if use_shared else NUM_CONTEXTS, NUM_CONTEXTS):
+        row = find(rows, shared, keys[place]) if keys[place] else -1
+        found[1, place] = row
+        prefetch(rows, max(row, 0))
 
 
 @jit
-def find_all(rows: Rows, table: Ints, keys: NDArray, first: int, found: Ints) -> int:
-    """Rows of the contexts from `first` on, -1 where not there; returns the longest's place.
+def find_all(rows: Rows, table: Ints, keys: NDArray, first: int, found: Ints) -> None:
+    """Rows of the contexts from `first` on, -1 where not there.
 
     What was never seen after fewer tokens was not after more: longer ones are not looked up.
     """
     found[:] = -1
-    longest = NUM_CONTEXTS
-    if table[NUM_SLOTS] == 0:
-        return longest
     misses = False
-    for place in range(NUM_CONTEXTS - 1, first - 1, -1):
+    for place in range(NUM_CONTEXTS - 1, first - 1 if table[NUM_BUCKETS] > 0 else NUM_CONTEXTS, -1):
         is_gapped = GAPPED <= place <= LAST_GAPPED
         if keys[place] == 0 or (misses and not is_gapped):
             continue
-        row = find(rows, table, keys[place])
-        if row >= 0:
-            found[place] = row
-            longest = longest if is_gapped else place
-        elif not is_gapped:
-            misses = True
-    return longest
+        found[place] = find(rows, table, keys[place])
+        misses |= found[place] < 0 and not is_gapped
 
 
 @jit_inline
 def total_of(rows: Rows, row: int) -> tuple[int, int]:
     """Weight of a context and how many different continuations it has."""
-    packed = np.int64(rows[row, 1])
+    packed = peek(rows, row, 1)
     return packed & -SCALE, packed & (RECORDS - 1)
 
 
@@ -240,9 +293,9 @@ def add(rows: Rows, table: Ints, row: int, token: int) -> None:
         at = table[START] + rows[at, 6]
         first, num = 0, 3
         length += 1
-    free = table[NUM_SLOTS] + table[USED_OVERFLOW]
+    free = table[USED_ROWS]
     if length < MAX_OVERFLOW and free < table[NUM_ROWS]:
-        table[USED_OVERFLOW] += 1
+        table[USED_ROWS] += 1
         rows[at, 6] = free
         at = table[START] + free
         rows[at, 0], rows[at, 2], rows[at, 4] = token, EMPTY, EMPTY
@@ -261,26 +314,25 @@ def count_token(
     first: int,
     excluded_after: int,
     token: int,
-    top_ids: Ints,
-    top_probs: NDArray[np.float32],
+    is_told: bool,
+    cell: int,
+    record: Rows,
 ) -> int:
     """Count a token, or the distribution it was drawn from, in the contexts from `first` on.
 
     Longest first; once `excluded_after` contexts knew the token the shorter ones are left alone
     (update exclusion, Moffat 1990): they are asked when longer ones fail, and should not repeat
-    them.
+    them. Where a distribution `is_told`, `cell` and `record` are what `pack_record` made of it.
 
     Returns: the place of the longest that knew it.
     """
     table[CLOCK] += 1
-    has_record = len(top_ids) > 0
-    cell, num_entries = np.int64(token), 1
-    if has_record:
-        free = table[NUM_SLOTS] + table[USED_OVERFLOW]
+    num_entries = 1
+    if is_told and record[0] > 0:
         cell, num_entries, num_rows = write_record(
-            rows, table[START], free, table[NUM_ROWS], token, top_ids, top_probs
+            rows, table[START], table[USED_ROWS], table[NUM_ROWS], token, record
         )
-        table[USED_OVERFLOW] += num_rows
+        table[USED_ROWS] += num_rows
     num_knew, knew = 0, NUM_CONTEXTS
     for place in range(first, NUM_CONTEXTS):
         is_gapped = GAPPED <= place <= LAST_GAPPED
@@ -288,21 +340,18 @@ def count_token(
             continue
         row = find(rows, table, keys[place])
         if row < 0:
-            # Look-ups end at an empty slot: some must stay, whatever was asked for.
-            if table[USED_SLOTS] * 10 >= table[NUM_SLOTS] * 9:
+            row = enter(rows, table, np.int32(keys[place]))
+            if row < 0:
                 continue
-            row = -1 - row
-            table[USED_SLOTS] += 1
-            rows[row, 0] = np.int32(keys[place])
-            rows[row, 1] = RECORDS if has_record else 0
+            rows[row, 1] = RECORDS if is_told else 0
             rows[row, 2:7] = EMPTY
-            rows[row, 3] = EMPTY if has_record else 0
-            rows[row, 5] = EMPTY if has_record else 0
+            rows[row, 3] = EMPTY if is_told else 0
+            rows[row, 5] = EMPTY if is_told else 0
         elif not is_gapped and _knows(rows, table, row, token):
             num_knew += 1
             knew = min(knew, place)
         rows[row, 7] = table[CLOCK]
-        if has_record or np.int64(rows[row, 1]) & RECORDS:
+        if is_told or np.int64(rows[row, 1]) & RECORDS:
             push_cell(rows, row, cell, num_entries)
             rows[row, 1] += SCALE
         else:
