@@ -334,6 +334,8 @@ class Memory:
     def _grow(self, table: int, num_contexts: int, rows_per_context: float) -> None:
         """Double a table until it has room; one that may not double drops its oldest half."""
         old = self._tables[table].copy()
+        if old[NUM_ROWS] == 0:
+            return  # it gave way to another one that had to grow
         limit = self._shared_max_rows if table == _SHARED else self._max_rows
         used = int(old[USED_ROWS] - 2 * old[NUM_BUCKETS])
         wanted = used + int(num_contexts * rows_per_context)

@@ -9,7 +9,7 @@ The text of a running sequence is its last tokens, one in each row of `history`:
     ROLE    the last word before it, and how many tokens of a number lie between
     LINK    where the same token stood before (-1: nowhere), times 4; and how often by now, up to 3
 
-Behind them are, four to a row, 1 + where the token stood last whose id modulo _SIZE is 0, 1, 2 ...
+(the fourth column is free). Behind them are, four to a row, 1 + where the token stood last whose id modulo _SIZE is 0, 1, 2 ...
 
 Used by: `memory`, `memory_correction`, `memory_kernels`, `memory_learning`.
 """

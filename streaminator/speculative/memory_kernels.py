@@ -66,6 +66,7 @@ from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline,
 from streaminator.speculative.memory_tables import (
     CLOCK,
     GAPPED,
+    NUM_BUCKETS,
     NUM_CONTEXTS,
     TAIL,
     fetch_buckets,
@@ -162,6 +163,7 @@ def draft(
     for age in range(len(recency)):
         factor = max(factor, recency[age, 2])
     uses_recency = seen.shape[1] > 0
+    use_shared &= tables[0, NUM_BUCKETS] > 0
     keys, found, text, restore, survivals, starts, waiting, picks = chains
     tokens, masses, own_masses = scratch.tokens, scratch.masses, scratch.own_masses
     scores = scratch.scores

@@ -39,7 +39,7 @@ from streaminator.speculative.memory_tables import (
 )
 
 _LONG = 7  # place of the shortest own match that spares the shared table
-_EAGER, _SELDOM = 8192, 8  # parts are fitted to the first tokens, then to every eighth
+_EAGER, _SELDOM = 8192, 8  # the mixture is fitted to the first tokens, then to every eighth
 
 
 @jit
@@ -79,6 +79,7 @@ def learn(
     tokens, masses, ages, keys = scratch.tokens, scratch.masses, scratch.ages, scratch.keys
     found, gradient = scratch.found, scratch.gradient
     record, is_told = scratch.record, top_ids.shape[1] > 0
+    use_shared &= tables[0, NUM_BUCKETS] > 0
     num_tiers = 2 if use_shared else 1
     first = first_rejected = 0
     for n in range(len(handles)):

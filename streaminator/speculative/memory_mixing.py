@@ -48,7 +48,7 @@ MAX_CANDIDATES = 64
 _MAX_REFS = NUM_CONTEXTS * NUM_CELLS
 ENOUGH = 0.02
 """Of the mass may stay unexplained: what is left hardly changes the draft."""
-_LITTLE = 0.01  # mass of a context whose records are not looked at
+_LITTLE = 0.01  # mass of a context that is not looked at
 _LIGHT = 0.03  # a record that gets less of the mass is not read, unless none gets more
 _FAINT = 0.002  # mass of a record's entry that is not looked at
 _LEAST = 0.001  # mass that makes a candidate
@@ -223,6 +223,7 @@ def _mix_record(
 ) -> int:
     """Add a record's entries where recency does not matter; returns the number of candidates."""
     mass *= 1 / ONE
+    # Of more candidates than there is room for, the last are left out.
     for index in range(min(peek(rows, record, 0), MAX_CANDIDATES - size)):
         token, share = entry_of(rows, record, index)
         here = mass * share
@@ -241,9 +242,9 @@ def _mix_record(
 
 
 @jit_inline
-def _search(tokens: Ints, token: int, size: int) -> int:
+def _search(values: Ints, value: int, size: int) -> int:
     slot = 0
-    while slot < size and tokens[nth(slot)] != token:
+    while slot < size and values[nth(slot)] != value:
         slot += 1
     return slot
 
@@ -274,7 +275,7 @@ def _refer(
         refs[nth(num_refs)], parts[nth(num_refs)] = cell, 0.0
         slot = min(np.int64(hints[1, place]), num_refs)
         if refs[nth(slot)] != cell:  # seldom: another cell has its place
-            slot = num_refs
+            slot = _search(refs, cell, num_refs)
         parts[nth(slot)] += mass
         hints[1, place] = slot
         num_refs = max(num_refs, slot + 1)
@@ -283,7 +284,7 @@ def _refer(
 
 
 @jit_inline
-def _seat(hints: Ints, tokens: Ints, token: int, size: int) -> int:
+def _seat(hints: NDArray[np.uint8], tokens: Ints, token: int, size: int) -> int:
     """Where a token is among the first `size`, or `size`: then it will be there."""
     slot = np.int64(hints[0, token & 255])
     if slot >= size:

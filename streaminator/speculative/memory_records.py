@@ -5,14 +5,14 @@
 
 A context that was told a distribution holds what followed it the last NUM_CELLS times:
 
-    context row    check, total, cell, cell, cell, cell, cell, last touched
+    context row    -, total, cell, cell, cell, cell, cell, last touched
 
 The newest cell comes first. A cell is a token (all the mass), the row of a record, or EMPTY. The
 low bits of the total hold RECORDS and how many tokens the newest one has.
 
     record         number of entries, entry, entry, ... in one or two rows
 
-An entry is a token (20 bits) and its probability (12 bits).
+An entry is a token (20 bits) and its probability (12 bits); likeliest first.
 
 Used by: all compiled loops, `memory_*` and `draft_choice`.
 """
@@ -188,7 +188,11 @@ def pack_record(token: int, ids: Ints, probs: NDArray[np.float32], record: Rows)
     # A token drawn from outside the stored candidates stands for the mass they leave.
     if not is_listed and left >= _LEAST and num < MAX_ENTRIES:
         num += 1
-        record[nth(num)] = ((np.int64(token) & _TOKEN_BITS) << _SHIFT) | left
+        place = num
+        while place > 1 and np.int64(record[nth(place - 1)]) & ONE < left:
+            record[nth(place)] = record[nth(place - 1)]
+            place -= 1
+        record[nth(place)] = ((np.int64(token) & _TOKEN_BITS) << _SHIFT) | left
     record[0] = num
     return token
 

@@ -40,9 +40,8 @@ from streaminator.speculative.memory_records import (
     write_record,
 )
 
-MAX_ORDER = 12
 TAIL = 24
-"""Tokens that contexts are made of: in some of them a number may be long."""
+"""Tokens that contexts are made of: at least 12, and in some of them a number may be long."""
 NUM_CONTEXTS = 10
 """Before each token, most telling first: the last 12, 8, 6, 4 tokens, three with gaps (the last 6
 words and numbers, whatever the numbers are; tokens 2, 3, 4 from the end; the last 3 words and

@@ -118,6 +118,21 @@ def test_memory_stays_bounded_and_goes_on_drafting():
     assert memory.num_bytes <= SMALL
 
 
+def test_a_table_that_gave_way_to_another_that_grew_is_not_grown_itself():
+    # There is room for eight tables at most; all are full in the same step, the last one is the oldest.
+    memory = Memory(max_bytes=SMALL, shared=False)
+    for n in range(10):
+        memory.open(str(n), text(n, 100, 100_000), ())
+    handles = np.array([memory.start(str(n), [1], n) for n in reversed(range(10))])
+    for step in range(100):
+        tokens = np.concatenate([text(100 * n + step, 12, 100_000) for n in range(10)])
+        memory.commit(handles, tokens, np.full(10, 12))
+        assert memory.num_bytes <= SMALL
+    held = [memory.has_table(str(n)) for n in range(10)]
+    assert any(held)
+    assert not all(held)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     texts=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=40), min_size=1, max_size=4),
