@@ -317,9 +317,7 @@ def _mix_list(
                 return size
             mass = scale * rows[at, column + 2 * index + 1]
             # Lists are short: what is there already is soon found.
-            slot = 0
-            while slot < size and tokens[nth(slot)] != token:
-                slot += 1
+            slot = _search(tokens, token, size)
             if slot < size:
                 masses[slot] += mass * recency[ages[slot], 2]
             elif size < MAX_CANDIDATES and mass >= _LEAST:
