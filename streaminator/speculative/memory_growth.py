@@ -66,7 +66,7 @@ def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
     new[CLOCK] = old[CLOCK]
     moved = np.full(old[USED_ROWS], -1)
     for place in range(PER_BUCKET * old[NUM_BUCKETS]):
-        bucket, index = old[START] + 2 * (place >> 3), place & (PER_BUCKET - 1)
+        bucket, index = old[START] + 2 * (place // PER_BUCKET), place % PER_BUCKET
         check, source = rows[bucket, index], old[START] + rows[bucket + 1, index]
         if check == 0 or rows[source, 7] < oldest:
             continue

@@ -73,13 +73,18 @@ def jit_inline(function: Callable) -> Any:
     return _compiled(function, _nrt=False, forceinline=True)
 
 
+def _start_of(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    """Address of a row, where `rows` and a row's number are what an intrinsic is called with."""
+    kind = signature.args[0]
+    array = context.make_array(kind)(context, builder, arguments[0])
+    at = [arguments[1], context.get_constant(types.intp, 0)]
+    return cgutils.get_item_pointer(context, builder, kind, array, at, wraparound=False)
+
+
 def _prefetch(context: Any, rows: Any, index: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = signature.args[0]
-        array = context.make_array(kind)(context, builder, arguments[0])
-        at = [arguments[1], context.get_constant(types.intp, 0)]
-        pointer = cgutils.get_item_pointer(context, builder, kind, array, at, wraparound=False)
+        pointer = _start_of(context, builder, signature, arguments)
         byte = builder.bitcast(pointer, ir.IntType(8).as_pointer())
         flag = ir.IntType(32)
         shape = ir.FunctionType(ir.VoidType(), [byte.type, flag, flag, flag])
@@ -97,10 +102,7 @@ prefetch: Any = intrinsic(_prefetch)
 def _match(context: Any, rows: Any, row: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = signature.args[0]
-        array = context.make_array(kind)(context, builder, arguments[0])
-        at = [arguments[1], context.get_constant(types.intp, 0)]
-        pointer = cgutils.get_item_pointer(context, builder, kind, array, at, wraparound=False)
+        pointer = _start_of(context, builder, signature, arguments)
         lanes = ir.VectorType(ir.IntType(32), _PER_ROW)
         there = builder.load(builder.bitcast(pointer, lanes.as_pointer()), align=4 * _PER_ROW)
         one = builder.insert_element(
@@ -111,12 +113,10 @@ def _match(context: Any, rows: Any, row: Any, value: Any) -> Any:
         places = ir.Constant(lanes, [0] * _PER_ROW)
         same = builder.icmp_signed("==", there, builder.shuffle_vector(one, one, places))
         bits = builder.bitcast(same, ir.IntType(_PER_ROW))
-        found = builder.cttz(builder.zext(bits, ir.IntType(64)), ir.IntType(1)(0))
-        return builder.select(
-            builder.icmp_unsigned("<", found, ir.IntType(64)(_PER_ROW)),
-            found,
-            ir.IntType(64)(_PER_ROW),
-        )
+        # The first of the bits; one more behind them is always there.
+        number = ir.IntType(64)
+        bits = builder.or_(builder.zext(bits, number), number(1 << _PER_ROW))
+        return builder.cttz(bits, ir.IntType(1)(0))
 
     return types.int64(rows, types.intp, types.int64), generate
 
