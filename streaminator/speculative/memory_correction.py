@@ -39,7 +39,7 @@ WEIGHTS_SHAPE = (2, (1 << HASH_BITS) + NUM_CONTEXTS + 1)
 """[(weight, squared gradients), feature by its hash, then exponents by the longest match]"""
 _EXPONENTS = 1 << HASH_BITS
 _RATE, _EXPONENT_RATE = 0.2, 0.03
-_HOPELESS = 0.005  # of the best candidate's mass
+_HOPELESS = 0.01  # of the best candidate's mass
 _UNLIKELY = 1e-6  # what a candidate's share is taken for at least
 
 
@@ -157,7 +157,8 @@ def correct(
         scores[k] = log(masses[k] / total + _UNLIKELY)
     for k in range(len(scores)):
         logs[k] = scores[k]
-    for k in range(len(scores)):
+    # Places that are looked up do not vectorise: only for candidates that are there.
+    for k in range(size):
         low = (_at(weights, features, k, 0) + _at(weights, features, k, 1)) + (
             _at(weights, features, k, 2) + _at(weights, features, k, 3)
         )
@@ -178,7 +179,7 @@ def correct(
 
 @jit_inline
 def _at(weights: NDArray[np.float32], features: NDArray[np.uint16], k: int, j: int) -> float:
-    return weights[0, features[j * LANES + k]]
+    return weights[0, nth(features[nth(j * LANES + k)])]
 
 
 @jit

@@ -42,10 +42,13 @@ _NO, _END = -1, -2  # instead of a token: not repeated, not a number's
 _HASH1, _HASH2, _HASH3 = (np.uint32(n) for n in (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D))
 _KINDS = tuple(np.uint32(n * 0x27D4EB2F & 0xFFFFFFFF) for n in range(NUM_FEATURES))
 _SHIFT15, _SHIFT16 = np.uint32(15), np.uint32(32 - HASH_BITS)
+_FOUR = np.uint32(4)
 
-TRAITS_SHAPE = (6 * LANES,)
-"""Scratch: what the text says about each candidate."""
-_OLD_ROLE, _DISTANCE, _FOLLOWS, _TIMES, _KNOWN, _REPEATS = range(0, 6 * LANES, LANES)
+TRAITS_SHAPE = (8 * LANES,)
+"""Scratch: each candidate, and what the text says about it; all of 32 bits, as their hashes are."""
+(
+    _TOKEN, _OLD_ROLE, _DISTANCE, _FOLLOWS, _TIMES, _KNOWN, _REPEATS, _NUMBER,
+) = range(0, 8 * LANES, LANES)  # fmt: skip
 
 
 @jit_inline
@@ -158,10 +161,12 @@ def _mark_repeated(
 
     Returns: how many tokens of a number are there already.
     """
-    for k in range(size):
+    for k in range(LANES):
         traits[_REPEATS + k] = 0
     if len(numbers) == 0:
         return 0
+    for k in range(size):
+        traits[_NUMBER + k] = tokens[k] if is_number(numbers, tokens[k]) else _END
     start = length
     while start > 0 and is_number(numbers, np.int64(history[start - 1, _TEXT])):
         start -= 1
@@ -171,10 +176,10 @@ def _mark_repeated(
         while first > 0 and is_number(numbers, np.int64(history[first - 1, _TEXT])):
             first -= 1
         if first < end:
-            following = _next_of(history, first, end, start, length)
-            for k in range(size):
-                token = tokens[k] if is_number(numbers, tokens[k]) else _END
-                traits[_REPEATS + k] |= (token == following) << num
+            following = np.int32(_next_of(history, first, end, start, length))
+            bit = np.int32(1 << num)
+            for k in range(LANES):
+                traits[_REPEATS + k] |= bit if traits[_NUMBER + k] == following else np.int32(0)
             num += 1
         end = min(first, end - 1)
     return length - start
@@ -237,6 +242,7 @@ def find_features(
         is_there = (place >= 0) & (history[there, _TEXT] == token)
         link = np.int64(history[there, _LINK]) & 3
         is_said = np.int64(place >= num_prompt)
+        traits[_TOKEN + k] = token
         traits[_OLD_ROLE + k] = np.int64(history[there, _ROLE]) if is_there else -1
         traits[_DISTANCE + k] = min(length - place, 62) if is_there else 63
         traits[_TIMES + k] = link * 2 + is_said if is_there else 0
@@ -255,12 +261,12 @@ def find_features(
     at_times, repeating = _start(7, behind), _start(8, behind)
     of_digits = _start(9, num_digits)
     for k in range(LANES):
-        token, times = tokens[k], np.int64(traits[_TIMES + k])
-        repeats = traits[_REPEATS + k]
+        token, times = np.uint32(traits[_TOKEN + k]), np.uint32(traits[_TIMES + k])
+        known, repeats = np.uint32(traits[_KNOWN + k]), np.uint32(traits[_REPEATS + k])
         features[k] = _place_of(of_role, token)
         features[LANES + k] = _place_of(of_behind, token)
         features[2 * LANES + k] = _place_of(of_third, token)
-        features[3 * LANES + k] = _place_of(of_match, times * 4 + traits[_KNOWN + k])
+        features[3 * LANES + k] = _place_of(of_match, np.uint32(times * _FOUR) + known)
         features[4 * LANES + k] = _place_of(from_role, traits[_OLD_ROLE + k])
         features[5 * LANES + k] = _place_of(at_distance, traits[_DISTANCE + k])
         features[6 * LANES + k] = _place_of(of_last, traits[_FOLLOWS + k])

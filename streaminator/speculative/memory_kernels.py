@@ -62,7 +62,7 @@ from streaminator.speculative.memory_rates import (
     second_rate,
     share_bin,
 )
-from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline, log_bin
+from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline, log_bin, nth
 from streaminator.speculative.memory_tables import (
     CLOCK,
     GAPPED,
@@ -295,9 +295,12 @@ def _keep_best(survival: NDArray[np.float32], cap: int) -> None:
         num += (survival[0, step] > 0) + (survival[1, step] > 0)
     while num > cap:
         row, place = 0, length - 1
+        least = survival[0, nth(place)]
         for step in range(length):
-            if 0 < survival[1, step] <= survival[row, place]:
-                row, place = 1, step
-        survival[row, place] = 0
+            here = survival[1, nth(step)]
+            is_less = (here > 0) & (here <= least)
+            least = here if is_less else least
+            row, place = (1 if is_less else row), (step if is_less else place)
+        survival[nth(row), nth(place)] = 0
         length -= row == 0
         num -= 1

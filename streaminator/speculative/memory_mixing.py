@@ -46,9 +46,9 @@ from streaminator.speculative.memory_tables import (
 
 MAX_CANDIDATES = 64
 _MAX_REFS = NUM_CONTEXTS * NUM_CELLS
-ENOUGH = 0.02
+ENOUGH = 0.05
 """Of the mass may stay unexplained: what is left hardly changes the draft."""
-_LITTLE = 0.01  # mass of a context that is not looked at
+_LITTLE = 0.02  # mass of a context that is not looked at
 _LIGHT = 0.03  # a record that gets less of the mass is not read, unless none gets more
 _FAINT = 0.002  # mass of a record's entry that is not looked at
 _LEAST = 0.001  # mass that makes a candidate

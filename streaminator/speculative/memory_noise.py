@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from streaminator.speculative.memory_math import log, most_of_lanes
+from streaminator.speculative.memory_math import exp, log, most_of_lanes
 from streaminator.speculative.memory_rates import Floats
 from streaminator.speculative.memory_records import Ints, jit_inline
 from streaminator.speculative.memory_tables import mix64
@@ -106,7 +106,7 @@ def choose(
                 picks[j] = index if is_best else picks[j]
                 best = max(best, here)
     picks[strength] = pick
-    lead = 1 / (1 + math.exp(second - first))
+    lead = 1 / (1 + exp(second - first))
     if next_index < 0:
         return lead, -1, 0.0
-    return lead, next_index, 1 / (1 + math.exp(third - second))
+    return lead, next_index, 1 / (1 + exp(third - second))
