@@ -17,8 +17,7 @@ Invariants
 A token that is new in all its contexts costs 10 rows of 32 bytes and their part of a bucket, 44 bytes,
 in its prompt's table and 7 in the shared one; tables are at least half full: 440 to 880 bytes and 310
 to 620. A token already known in its contexts costs nothing, its distribution at most two rows in either table. Beside the
-tables an open prompt holds 16 KiB without noise: where which token stood last; a running sequence
-10 KiB for its text and 38 for what it drafts, 0.6 for each of 64 tokens.
+tables a running sequence holds 10 KiB for its text and 38 for what it drafts, 0.6 for each of 64 tokens.
 
 Used by: `memory_store` (the stream), `replay`.
 """
@@ -121,10 +120,6 @@ class Memory:
         none = np.zeros(0, np.bool_)
         self._correction = Correction.of(8, none if numbers is None else numbers)
         self._mixing = np.zeros(rates.MIXING_SHAPE)
-        # Where noise tells the candidates apart the factors of recency lost (DECISIONS 0018).
-        self._seen = np.zeros((8, 0 if noise else rates.NUM_SEEN), np.int32)
-        self._recency = np.zeros(rates.RECENCY_SHAPE)
-        self._recency[:, 2] = 1
         self._num_learned = np.zeros(1, np.int64)
         self._hits = np.zeros(rates.HITS_SHAPE)
         self._second_hits = np.zeros(rates.SECONDS_SHAPE)
@@ -160,7 +155,6 @@ class Memory:
         if not self._free_tables:
             size = len(self._tables)
             self._tables = np.concatenate([self._tables, np.zeros_like(self._tables)])
-            self._seen = np.concatenate([self._seen, np.zeros_like(self._seen)])
             self._free_tables = list(range(2 * size - 1, size - 1, -1))
         self._prompts[prompt_id] = self._free_tables.pop()
         self._starts[prompt_id] = tuple(prompt_token_ids[-TAIL:])
@@ -195,7 +189,6 @@ class Memory:
         del self._starts[prompt_id], self._num_prompt[prompt_id]
         self._drop(table)
         self._tables[table] = 0
-        self._seen[table] = 0
         self._free_tables.append(table)
 
     def start(self, prompt_id: str, token_ids: Sequence[int], noise_key: int) -> int:
@@ -234,7 +227,7 @@ class Memory:
         survival = np.zeros(tokens.shape, np.float32)
         kernels.draft(
             self._arena.rows, self._tables, self._running, self._tails, handles, caps,
-            self.min_survival, self._mixing, self._seen, self._recency, self._hits, self._second_hits,
+            self.min_survival, self._mixing, self._hits, self._second_hits,
             self._strengths, self._noise_hits, self._shared, self._correction, self._predictions,
             kernels.new_chains(len(handles), tokens.shape[2], len(self._strengths)),
             self._scratch, tokens, survival,
@@ -274,7 +267,7 @@ class Memory:
             )
         learning.learn(
             self._arena.rows, self._tables, self._running, self._tails, handles, tokens, lengths,
-            rejected, num_rejected, top_ids, top_probs, self._mixing, self._seen, self._recency, self._num_learned, self._hits, self._second_hits, self._noise_hits, self._predictions,
+            rejected, num_rejected, top_ids, top_probs, self._mixing, self._num_learned, self._hits, self._second_hits, self._noise_hits, self._predictions,
             self._correction, self._learns_completions, self._shared and self._learns_completions, True,
             _room_for(lengths + num_rejected), self._scratch,
         )  # fmt: skip
@@ -298,8 +291,7 @@ class Memory:
             )
             learning.learn(
                 self._arena.rows, self._tables, self._running, self._tails, handles, tokens,
-                lengths, rejected, num_rejected, top_ids, top_probs, self._mixing, self._seen,
-                self._recency, self._num_learned, self._hits, self._second_hits,
+                lengths, rejected, num_rejected, top_ids, top_probs, self._mixing, self._num_learned, self._hits, self._second_hits,
                 self._noise_hits, self._predictions, self._correction, True, shared, False,
                 _room_for(lengths + num_rejected), self._scratch,
             )  # fmt: skip

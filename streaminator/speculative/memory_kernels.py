@@ -8,9 +8,7 @@ From the longest match of the prompt's own table down, then the same in the shar
 context takes a learned part of the mass that the ones before left over. That part depends on the
 order, how often the context was seen and how many different tokens followed it, and is fitted
 online by expectation-maximisation (interpolation weights as in Jelinek and Mercer 1980, tied by
-bucket). A candidate's mass is then multiplied by a factor for how long ago it stood in its
-prompt's text (what other prompts said is less likely here if it names what was never named
-here); the factors are fitted by gradient.
+bucket).
 
 Correction. The likeliest candidates' masses are then corrected by what the sequence's own text says
 about each (`memory_correction`).
@@ -49,7 +47,6 @@ from streaminator.speculative.memory_rates import (
     MATCH_BINS,
     NOISE_KEY,
     NUM_PROMPT,
-    NUM_SEEN,
     NUM_SHARES,
     POSITION,
     PREDICTED,
@@ -64,7 +61,6 @@ from streaminator.speculative.memory_rates import (
 )
 from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline, log_bin, nth
 from streaminator.speculative.memory_tables import (
-    CLOCK,
     GAPPED,
     NUM_BUCKETS,
     NUM_CONTEXTS,
@@ -98,7 +94,7 @@ def new_chains(num: int, width: int, num_strengths: int) -> Chains:
         keys=np.empty((num, NUM_CONTEXTS), np.uint64),
         found=np.empty((num, 2, NUM_CONTEXTS), np.int64),
         text=np.empty((num, TAIL + width), np.int64),
-        restore=np.empty((num, width, 2), np.int32),
+        restore=np.empty((num, width), np.int32),
         survivals=np.ones(num),
         starts=np.zeros(num, np.int64),
         waiting=np.arange(num),
@@ -125,8 +121,6 @@ def draft(
     caps: Ints,
     min_survival: float,
     mixing: Floats,
-    seen: Rows,
-    recency: Floats,
     hits: Floats,
     second_hits: Floats,
     strengths: Floats,
@@ -148,8 +142,7 @@ def draft(
         running, tails: state of running sequences.
         handles, caps: [n] whom to draft for, at most how many tokens, second choices included.
         min_survival: drafting stops at the first token less likely to be accepted.
-        mixing, recency, hits, second_hits, strengths, noise_hits: what was learned about each.
-        seen: [tables, NUM_SEEN] where tokens stood last, [tables, 0]: without factors of recency.
+        mixing, hits, second_hits, strengths, noise_hits: what was learned about each.
         use_shared: whether the shared table is mixed in.
         correction: of the mixture; the drafted tokens' candidates are kept there.
         predictions: [H, K, 4 + S] token, bucket, second choice (-1: none) and its share, and the
@@ -159,10 +152,7 @@ def draft(
     """
     num, width = len(handles), out_tokens.shape[2]
     # Without noise a lead above what is left decides; noise may turn a larger lead around.
-    factor = 0.0 if len(strengths) == 1 else 20.0
-    for age in range(len(recency)):
-        factor = max(factor, recency[age, 2])
-    uses_recency = seen.shape[1] > 0
+    factor = 1.0 if len(strengths) == 1 else 20.0
     use_shared &= tables[0, NUM_BUCKETS] > 0
     keys, found, text, restore, survivals, starts, waiting, picks = chains
     tokens, masses, own_masses = scratch.tokens, scratch.masses, scratch.own_masses
@@ -189,13 +179,10 @@ def draft(
                 continue
             handle = handles[n]
             state = running[handle]
-            own, own_seen = tables[state[TABLE]], seen[state[TABLE]]
-            end = TAIL + step
-            clock = own[CLOCK] + step
+            own, end = tables[state[TABLE]], TAIL + step
             size, rest, own_longest, count, longest = mix(
-                rows, own, tables[0], use_shared, found[n], starts[n], mixing, own_seen, clock,
-                recency, scratch, factor,
-            )  # fmt: skip
+                rows, own, tables[0], use_shared, found[n], starts[n], mixing, scratch, factor
+            )
             # What was never seen after n tokens is not after n + 1 in the next step.
             starts[n] = max(own_longest - 1, 0) if own_longest < GAPPED else 0
             match = min(NUM_CONTEXTS - longest, MATCH_BINS - 1)
@@ -241,10 +228,7 @@ def draft(
             token = tokens[pick]
             text[n, end] = token
             # For the rest of the chain it has been said.
-            restore[n, step, 1] = push(history, length, token, correction.numbers)
-            if uses_recency:
-                restore[n, step, 0] = own_seen[token & (NUM_SEEN - 1)]
-                own_seen[token & (NUM_SEEN - 1)] = clock + 1
+            restore[n, step] = push(history, length, token, correction.numbers)
             guess = predictions[handle, step]
             guess[0], guess[1], guess[2] = token, bucket, -1
             for j in range(len(strengths)):
@@ -279,11 +263,8 @@ def draft(
         for n in range(num - 1, -1, -1):
             state = running[handles[n]]
             if step < state[PREDICTED]:
-                if uses_recency:
-                    place = text[n, TAIL + step] & (NUM_SEEN - 1)
-                    seen[state[TABLE], place] = restore[n, step, 0]
                 history = correction.histories[handles[n]]
-                pop(history, state[LENGTH] + step, restore[n, step, 1])
+                pop(history, state[LENGTH] + step, restore[n, step])
 
 
 @jit

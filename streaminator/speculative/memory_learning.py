@@ -12,21 +12,18 @@ from numpy.typing import NDArray
 
 from streaminator.speculative.memory_correction import Correction, learn_corrections
 from streaminator.speculative.memory_features import extend
-from streaminator.speculative.memory_mixing import Scratch, mix
+from streaminator.speculative.memory_mixing import Scratch
 from streaminator.speculative.memory_rates import (
     KNOWN,
-    NUM_SEEN,
     POSITION,
     PREDICTED,
     TABLE,
     Floats,
     learn_hits,
     learn_mixing,
-    learn_recency,
 )
 from streaminator.speculative.memory_records import jit, pack_record
 from streaminator.speculative.memory_tables import (
-    CLOCK,
     FIRST_SHARED,
     NUM_BUCKETS,
     NUM_CONTEXTS,
@@ -56,8 +53,6 @@ def learn(
     top_ids: Ints,
     top_probs: NDArray[np.float32],
     mixing: Floats,
-    seen: Rows,
-    recency: Floats,
     num_learned: Ints,
     hits: Floats,
     second_hits: Floats,
@@ -76,9 +71,8 @@ def learn(
     followed each of the `rejected` drafts (`num_rejected` of each handle), handle by handle;
     M = 0: tokens only. `text` has room for TAIL tokens before a handle's own.
     """
-    tokens, masses, ages, keys = scratch.tokens, scratch.masses, scratch.ages, scratch.keys
-    found, gradient = scratch.found, scratch.gradient
-    record, is_told = scratch.record, top_ids.shape[1] > 0
+    keys, found, record = scratch.keys, scratch.found, scratch.record
+    is_told = top_ids.shape[1] > 0
     use_shared &= tables[0, NUM_BUCKETS] > 0
     num_tiers = 2 if use_shared else 1
     first = first_rejected = 0
@@ -86,7 +80,7 @@ def learn(
         handle, num = handles[n], lengths[n]
         first_row = first + first_rejected
         state = running[handle]
-        own, shared, own_seen = tables[state[TABLE]], tables[0], seen[state[TABLE]]
+        own, shared = tables[state[TABLE]], tables[0]
         for index in range(TAIL):
             text[index] = tails[handle, index]
         for index in range(num):
@@ -120,12 +114,6 @@ def learn(
                     rows, (own, shared), num_tiers, found, text[end], mixing, scratch.places,
                     scratch.estimates,
                 )  # fmt: skip
-                if len(own_seen) > 0:
-                    size, rest, _, _, _ = mix(
-                        rows, own, shared, use_shared, found, 0, mixing, own_seen, own[CLOCK],
-                        recency, scratch, np.inf,
-                    )  # fmt: skip
-                    learn_recency(tokens, masses, ages, size, rest, text[end], recency, gradient)
             # A distribution says something new each time: twice as many contexts are told.
             excluded_after = 2 if is_told else 1
             cell = pack_record(text[end], ids, probs, record) if is_told else text[end]
@@ -134,8 +122,6 @@ def learn(
                 knew = count_token(
                     rows, own, keys, 0, excluded_after, text[end], is_told, cell, record
                 )
-                if len(own_seen) > 0:
-                    own_seen[text[end] & (NUM_SEEN - 1)] = own[CLOCK]
             # What a long match of its own prompt foretells, the others need not be told again.
             if use_shared and (knew > _LONG or is_told):
                 count_token(rows, shared, keys, FIRST_SHARED, 2, text[end], is_told, cell, record)

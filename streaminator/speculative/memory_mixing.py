@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from streaminator.speculative.memory_features import TRAITS_SHAPE
 from streaminator.speculative.memory_math import LANES
-from streaminator.speculative.memory_rates import NUM_AGES, Floats, age_of, kind_of, part_of
+from streaminator.speculative.memory_rates import Floats, kind_of, part_of
 from streaminator.speculative.memory_records import (
     EMPTY,
     MAX_ENTRIES,
@@ -60,7 +60,6 @@ class Scratch(NamedTuple):
 
     tokens: Ints
     masses: Floats
-    ages: Ints
     refs: Ints
     parts: Floats
     hints: NDArray[np.uint8]
@@ -78,7 +77,6 @@ class Scratch(NamedTuple):
     found: Ints
     places: Ints
     estimates: Floats
-    gradient: Floats
 
 
 def new_scratch() -> Scratch:
@@ -86,7 +84,6 @@ def new_scratch() -> Scratch:
     return Scratch(
         tokens=np.zeros(MAX_CANDIDATES + 1, np.int64),
         masses=np.empty(MAX_CANDIDATES + 1),
-        ages=np.empty(MAX_CANDIDATES + 1, np.int64),
         refs=np.zeros(_MAX_REFS + 1, np.int64),
         parts=np.zeros(_MAX_REFS + 1),
         hints=np.empty((2, 256), np.uint8),
@@ -101,7 +98,6 @@ def new_scratch() -> Scratch:
         found=np.empty((2, NUM_CONTEXTS), np.int64),
         places=np.empty((2 * NUM_CONTEXTS, 4), np.int64),
         estimates=np.empty((3, 2 * NUM_CONTEXTS + 1)),
-        gradient=np.empty(NUM_AGES),
     )
 
 
@@ -114,9 +110,6 @@ def mix(
     found: Ints,
     first: int,
     mixing: Floats,
-    seen: Rows,
-    clock: int,
-    recency: Floats,
     scratch: Scratch,
     factor: float,
 ) -> tuple[int, float, int, int, int]:
@@ -126,7 +119,7 @@ def mix(
     Returns: the number of candidates, the mass left, the own longest match's place and count, the
     shared one's place.
     """
-    tokens, masses, ages, refs, parts, hints, own_masses, contexts, heres = scratch[:9]
+    tokens, masses, refs, parts, hints, own_masses, contexts, heres = scratch[:8]
     longest = shared_longest = NUM_CONTEXTS
     size = count = 0
     rest = 1.0
@@ -163,10 +156,7 @@ def mix(
             if peek(rows, row, 1) & RECORDS:
                 num_refs = _refer(rows, row, start, here, refs, parts, hints, num_refs)
                 continue
-            size = _mix_list(
-                rows, start, row, here / total, seen, clock, recency, tokens, masses, ages, size,
-                hints,
-            )  # fmt: skip
+            size = _mix_list(rows, start, row, here / total, tokens, masses, size, hints)
             if left > 0.5 or num_refs > 0:
                 continue
             top = second = 0.0
@@ -190,18 +180,9 @@ def mix(
         for slot in range(num):
             cell, mass = refs[slot], parts[slot]
             if cell >= 0:
-                size = _mix_in(cell, mass, seen, clock, recency, tokens, masses, ages, size, hints)
-            elif len(seen) == 0:
-                size = _mix_record(rows, -2 - cell, mass, tokens, masses, ages, size, hints)
+                size = _mix_in(cell, mass, tokens, masses, size, hints)
             else:
-                for index in range(peek(rows, -2 - cell, 0)):
-                    token, share = entry_of(rows, -2 - cell, index)
-                    here = mass * (share / ONE)
-                    if here < _FAINT:
-                        continue
-                    size = _mix_in(
-                        token, here, seen, clock, recency, tokens, masses, ages, size, hints
-                    )
+                size = _mix_record(rows, -2 - cell, mass, tokens, masses, size, hints)
         if tier == 0:
             for slot in range(len(own_masses)):
                 own_masses[slot] = masses[slot] if slot < size else 0.0
@@ -217,11 +198,10 @@ def _mix_record(
     mass: float,
     tokens: Ints,
     masses: Floats,
-    ages: Ints,
     size: int,
     hints: NDArray[np.uint8],
 ) -> int:
-    """Add a record's entries where recency does not matter; returns the number of candidates."""
+    """Add a record's entries; returns the number of candidates."""
     mass *= 1 / ONE
     # Of more candidates than there is room for, the last are left out.
     for index in range(min(peek(rows, record, 0), MAX_CANDIDATES - size)):
@@ -231,7 +211,7 @@ def _mix_record(
         if here < _FAINT:
             break
         place = token & 255
-        tokens[nth(size)], ages[nth(size)], masses[nth(size)] = token, 0, 0.0
+        tokens[nth(size)], masses[nth(size)] = token, 0.0
         slot = min(np.int64(hints[0, place]), size)
         if tokens[nth(slot)] != token:  # seldom: another token has its place
             slot = _search(tokens, token, size)
@@ -299,12 +279,8 @@ def _mix_list(
     start: int,
     row: int,
     scale: float,
-    seen: Rows,
-    clock: int,
-    recency: Floats,
     tokens: Ints,
     masses: Floats,
-    ages: Ints,
     size: int,
     hints: NDArray[np.uint8],
 ) -> int:
@@ -319,9 +295,9 @@ def _mix_list(
             # Lists are short: what is there already is soon found.
             slot = _search(tokens, token, size)
             if slot < size:
-                masses[slot] += mass * recency[ages[slot], 2]
+                masses[slot] += mass
             elif size < MAX_CANDIDATES and mass >= _LEAST:
-                size = _mix_in(token, mass, seen, clock, recency, tokens, masses, ages, size, hints)
+                size = _mix_in(token, mass, tokens, masses, size, hints)
         if rows[at, 6] < 0:
             return size
         at = start + rows[at, 6]
@@ -332,12 +308,8 @@ def _mix_list(
 def _mix_in(
     token: int,
     mass: float,
-    seen: Rows,
-    clock: int,
-    recency: Floats,
     tokens: Ints,
     masses: Floats,
-    ages: Ints,
     size: int,
     hints: NDArray[np.uint8],
 ) -> int:
@@ -349,6 +321,5 @@ def _mix_in(
         size += 1
         tokens[slot] = token
         masses[slot] = 0.0
-        ages[slot] = age_of(seen, clock, token)
-    masses[slot] += mass * recency[ages[slot], 2]
+    masses[slot] += mass
     return size

@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # In compiled code the integers of Python and numpy are one.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
-"""What the memory learns about itself: mixing parts, recency, hit rates, the noise's strength.
+"""What the memory learns about itself: mixing parts, hit rates, the noise's strength.
 
 Mixing parts are fitted online by expectation-maximisation (interpolation weights as in Jelinek and
-Mercer 1980, tied by bucket). The factor of a candidate by how long ago it stood in its prompt's
-text climbs the gradient of the log-likelihood. Hit rates are counted per bucket of what was known
-when a token was drafted, backed off to coarser buckets: what a mixture says of itself is
-overconfident.
+Mercer 1980, tied by bucket). Hit rates are counted per bucket of what was known when a token was
+drafted, backed off to coarser buckets: what a mixture says of itself is overconfident.
 
 Used by: `memory_kernels`, `memory`.
 """
-
-import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,13 +44,6 @@ HITS_SHAPE = (NUM_BUCKETS + RUN_BINS * NUM_SHARES + NUM_SHARES, 2)
 
 SECONDS_SHAPE = (NUM_SHARES, 2)
 """[the second choice's share of what the first leaves, (first was wrong, second was right)]"""
-
-NUM_SEEN = 4096
-"""Per prompt: where a token stood last, by its id modulo this."""
-NUM_AGES = 14
-RECENCY_SHAPE = (NUM_AGES, 3)
-"""[log2 of tokens since it stood there, (log of its factor, squared gradients, factor)]"""
-_RATE = 0.1
 
 _MEMORY = 4096.0  # observations after which a learned rate halves its past
 _HITS_MEMORY = 256.0  # a hit rate: it climbs from generation to generation
@@ -152,47 +141,6 @@ def learn_mixing(
         reach *= 1 - taken
         if reach < 1e-3:
             break
-
-
-@jit_inline
-def age_of(seen: Rows, clock: int, token: int) -> int:
-    """Bin of how long ago a token stood in its prompt's text; the last: long ago or never.
-
-    With no `seen` always the same.
-    """
-    if len(seen) == 0:
-        return 0
-    last = np.int64(seen[token & (NUM_SEEN - 1)])
-    return log_bin(clock + 1 - last, NUM_AGES) if last > 0 else NUM_AGES - 1
-
-
-@jit
-def learn_recency(
-    tokens: Ints,
-    masses: Floats,
-    ages: Ints,
-    size: int,
-    rest: float,
-    token: int,
-    recency: Floats,
-    gradient: Floats,
-) -> None:
-    """One step up the gradient of the log-likelihood (AdaGrad, Duchi 2011).
-
-    `gradient` [NUM_AGES] is scratch.
-    """
-    total = rest
-    for index in range(size):
-        total += masses[index]
-    for age in range(NUM_AGES):
-        gradient[age] = 0.0
-    for index in range(size):
-        gradient[ages[index]] += (tokens[index] == token) - masses[index] / total
-    for age in range(NUM_AGES):
-        if gradient[age] != 0.0:
-            recency[age, 1] += gradient[age] ** 2
-            recency[age, 0] += _RATE * gradient[age] / math.sqrt(1 + recency[age, 1])
-            recency[age, 2] = math.exp(recency[age, 0])
 
 
 @jit_inline
