@@ -29,7 +29,7 @@ from streaminator.sequence import Completion, FinishReason, Prompt
 from streaminator.session import Part, WorkResult, step_or_narrow, threads_for
 
 NUM_KEPT_PROMPTS = 4096
-"""16 KiB each, and their tables, which share `speculator_memory`."""
+"""Their tables share `speculator_memory`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ Invariants
 - A completion that is in two parts is refused.
 - `EarlierRun` keeps 12 bytes per prompt and part that holds it.
 
-Used by: the driver, when a run is resumed; workers that go on with a prompt.
+Used by: the driver, when a run is resumed; workers that go on with a prompt; `jobs.benchmark_memory`.
 """
 
 from array import array

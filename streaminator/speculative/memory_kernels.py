@@ -23,7 +23,7 @@ often where matches were alike.
 Second choices. Where the chain may go wrong, the second best candidate is drafted beside it (a tree
 whose branches are one token long); its chance is learned by its share of what the first leaves.
 
-Used by: `memory`, `memory_learning`.
+Used by: `memory`.
 """
 
 from typing import NamedTuple
@@ -259,12 +259,9 @@ def draft(
         num_waiting = num_left
     for n in range(num):
         _keep_best(out_survival[n], caps[n])
-    for step in range(width - 1, -1, -1):
-        for n in range(num - 1, -1, -1):
-            state = running[handles[n]]
-            if step < state[PREDICTED]:
-                history = correction.histories[handles[n]]
-                pop(history, state[LENGTH] + step, restore[n, step])
+        state, history = running[handles[n]], correction.histories[handles[n]]
+        for step in range(state[PREDICTED] - 1, -1, -1):
+            pop(history, state[LENGTH] + step, restore[n, step])
 
 
 @jit

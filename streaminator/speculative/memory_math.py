@@ -3,7 +3,7 @@
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 """Compiled logarithms, exponentials and sums of lanes: loops of LANES turns and series that vectorise.
 
-Used by: `memory_correction`, `memory_noise`.
+Used by: the memory's loops that judge candidates.
 """
 
 import math
@@ -21,8 +21,8 @@ from streaminator.speculative.memory_records import jit_inline
 LANES = 16
 """Candidates at a time, those that are not there included.
 
-Loops over them run to an array's length: with a constant number of turns they are unrolled before
-they could be vectorised, which takes six times as long.
+Loops of floats over them run to an array's length: with a constant number of turns they are unrolled
+before they could be vectorised, which takes six times as long.
 """
 
 _ROOT_HALF, _MANTISSA = 0x3FE6A09E667F3BCD, 52

@@ -9,7 +9,7 @@ once. Records with little to say are not read at all.
 What is stored cannot be guessed, and to guess wrong costs the processor more than the work: so the
 loops add to a place beyond the last one, and count it or do not, instead of asking first.
 
-Used by: `memory_kernels`, `memory_learning`.
+Used by: `memory_kernels`; its arrays also by `memory`, `memory_learning`.
 """
 
 from typing import NamedTuple
@@ -114,7 +114,7 @@ def mix(
     factor: float,
 ) -> tuple[int, float, int, int, int]:
     """Mix the contexts found in a prompt's table from `first` on, then in the shared one, until the
-    rest cannot matter.
+    rest cannot matter: until one candidate leads by `factor` times what is left.
 
     Returns: the number of candidates, the mass left, the own longest match's place and count, the
     shared one's place.
@@ -292,12 +292,7 @@ def _mix_list(
             if token == EMPTY:
                 return size
             mass = scale * rows[at, column + 2 * index + 1]
-            # Lists are short: what is there already is soon found.
-            slot = _search(tokens, token, size)
-            if slot < size:
-                masses[slot] += mass
-            elif size < MAX_CANDIDATES and mass >= _LEAST:
-                size = _mix_in(token, mass, tokens, masses, size, hints)
+            size = _mix_in(token, mass, tokens, masses, size, hints)
         if rows[at, 6] < 0:
             return size
         at = start + rows[at, 6]

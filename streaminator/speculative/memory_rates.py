@@ -7,7 +7,7 @@ Mixing parts are fitted online by expectation-maximisation (interpolation weight
 Mercer 1980, tied by bucket). Hit rates are counted per bucket of what was known when a token was
 drafted, backed off to coarser buckets: what a mixture says of itself is overconfident.
 
-Used by: `memory_kernels`, `memory`.
+Used by: `memory`, all its loops.
 """
 
 import numpy as np

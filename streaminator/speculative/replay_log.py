@@ -7,7 +7,7 @@ Invariants
 - Recorded token ids are taken as they are; text is tokenized only where there are none.
 - What is left out is counted and said (`Log.notes`).
 
-Used by: `streaminator.cli_replay`.
+Used by: `streaminator.cli_replay`, `jobs.benchmark_memory`.
 """
 
 import re
