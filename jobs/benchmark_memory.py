@@ -11,23 +11,27 @@ Used by: the command line (`python -m jobs.benchmark_memory`).
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.cli import main_program
 from streaminator.config import ModelConfig
 from streaminator.data.finished import read_distributions
 from streaminator.engine.checkpoint import load_tokenizer
 from streaminator.engine.sampler import noise_key
-from streaminator.errors import DataError, StreaminatorError
+from streaminator.errors import DataError
 from streaminator.speculative.memory import Memory
+from streaminator.speculative.memory_texts import number_tokens
 from streaminator.speculative.replay_log import Columns, encode, read_log
 
+_PROGRAM = "python -m jobs.benchmark_memory"
 _LENGTH, _NUM_COMPLETIONS, _NUM_PROMPT = 400, 4, 100
 
 
-class _Workload(NamedTuple):
+class Workload(NamedTuple):
     """Texts of `n` prompts, `c` completions of `length` tokens of each."""
 
     prompts: list[list[int]]
@@ -39,13 +43,16 @@ class _Workload(NamedTuple):
     """[c, n, length, M] the likeliest tokens at each place."""
     probs: NDArray[np.float32]
     """[c, n, length, M]"""
+    numbers: NDArray[np.bool_] | None = None
+    """[V] which tokens are parts of numbers; None: not known."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print one line per number of stored candidates."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.benchmark_memory", description=str(__doc__).split("\n", 1)[0]
-    )
+def main(argv: Sequence[str]) -> int:
+    """Print one line per number of stored candidates.
+
+    Raises: InputError, OutputError for a run that cannot be read, or holds too little.
+    """
+    parser = argparse.ArgumentParser(prog=_PROGRAM, description=str(__doc__).split("\n", 1)[0])
     parser.add_argument("--width", type=int, default=64, help="slots")
     parser.add_argument("--cap", type=int, default=8, help="most drafted tokens per slot")
     parser.add_argument("--vocabulary", type=int, default=128_000)
@@ -53,17 +60,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--min_survival", type=float, default=0.0, help="0: always drafts the cap")
     parser.add_argument("--changed", type=float, default=0.15, help="share of tokens that differ")
     parser.add_argument("--run", help="a run's folder: its texts, of the prompts that said most")
-    args = parser.parse_args(arguments)
+    parser.add_argument("--tokenizer_name", help="of the run; default: the one that it names")
+    args = parser.parse_args(argv)
     for number in args.num_top_tokens.split(","):
-        try:
-            workload = _of_run(int(number), args) if args.run else _made_up(int(number), args)
-        except StreaminatorError as error:
-            parser.exit(2, f"error: {error}\n")
+        workload = read_run(int(number), args) if args.run else _made_up(int(number), args)
         sys.stdout.write(f"{number:>2} candidates: {_time(workload, args)}\n")
     return 0
 
 
-def _made_up(num_top: int, args: argparse.Namespace) -> _Workload:
+def _made_up(num_top: int, args: argparse.Namespace) -> Workload:
     rng = np.random.default_rng(0)
     zipf = np.minimum(rng.pareto(0.6, 1 << 20) * 3, args.vocabulary - 1).astype(np.int64)
     base = rng.choice(zipf, (args.width, _LENGTH))
@@ -72,7 +77,7 @@ def _made_up(num_top: int, args: argparse.Namespace) -> _Workload:
     ids = rng.choice(zipf, (*shape, num_top))
     ids[..., :1] = texts[..., None][..., : min(num_top, 1)]
     probs = -np.sort(-rng.dirichlet(np.full(max(num_top, 1), 0.1), shape))
-    return _Workload(
+    return Workload(
         prompts=[row[:_NUM_PROMPT].tolist() for row in base],
         keys=[[n * 8 + c for c in range(_NUM_COMPLETIONS)] for n in range(args.width)],
         texts=texts,
@@ -81,48 +86,59 @@ def _made_up(num_top: int, args: argparse.Namespace) -> _Workload:
     )
 
 
-def _of_run(num_top: int, args: argparse.Namespace) -> _Workload:
+def read_run(num_top: int, args: argparse.Namespace) -> Workload:
     """The prompts whose shortest completion is longest, all cut to the shortest.
 
-    Raises: StreaminatorError when the folder holds no run, or too little of one.
+    Raises: InputError, OutputError when the folder holds no run, or too little of one.
     """
     log = read_log(args.run, Columns())
-    settings = log.record.settings if log.record else {}
-    name = str(settings.get("tokenizer_name") or settings.get("model_name"))
-    logged = encode(log, load_tokenizer(ModelConfig(tokenizer_name=name)))
-    logged = [prompt for prompt in logged if len(prompt.completions) >= _NUM_COMPLETIONS]
-    logged.sort(key=lambda prompt: -min(map(len, prompt.completions[:_NUM_COMPLETIONS])))
-    chosen = logged[: args.width]
-    kept = read_distributions(args.run, {prompt.prompt_id for prompt in chosen})
-    tops = [list(kept.get(p.prompt_id, {}).values())[:_NUM_COMPLETIONS] for p in chosen]
-    stored = [top.top_ids.shape[1] for row in tops for top in row]
-    length = min((len(c) for p in chosen for c in p.completions[:_NUM_COMPLETIONS]), default=0)
-    is_short = len(stored) < args.width * _NUM_COMPLETIONS or length < args.cap + 2
-    if is_short or min(stored) < num_top:
+    if log.record is None:
+        raise DataError(f"{args.run}: has no run.json; give a run's folder")
+    settings = log.record.settings
+    name = args.tokenizer_name or settings.get("tokenizer_name") or settings.get("model_name")
+    tokenizer = load_tokenizer(ModelConfig(tokenizer_name=str(name)))
+    logged = encode(log, tokenizer, num_completions=_NUM_COMPLETIONS)
+    chosen = [prompt for prompt in logged if len(prompt.completions) == _NUM_COMPLETIONS]
+    chosen.sort(key=lambda prompt: -min(map(len, prompt.completions)))
+    chosen = chosen[: args.width]
+    length = min((len(c) for prompt in chosen for c in prompt.completions), default=0)
+    drawn = [log.prompts[prompt.prompt_id].completions for prompt in chosen]
+    indices = [sorted(c.sample_index or 0 for c in row)[:_NUM_COMPLETIONS] for row in drawn]
+    kept = read_distributions(args.run, {p.prompt_id for p in chosen}) if num_top else {}
+    pairs = [(p.prompt_id, i) for p, row in zip(chosen, indices, strict=True) for i in row]
+    tops = [top for name, i in pairs if (top := kept.get(name, {}).get(i)) is not None]
+    tops = [top for top in tops if top.top_ids.shape[1] >= num_top]
+    is_short = len(chosen) < args.width or length < args.cap + 2
+    if is_short or (num_top and len(tops) < len(pairs)):
+        flags = f", drawn with --store_distributions --num_top_tokens {num_top}" if num_top else ""
         raise DataError(
             f"{args.run}: must hold {_NUM_COMPLETIONS} completions of {args.width} prompts, each of "
-            f"{args.cap + 2} tokens or more, drawn with --store_distributions --num_top_tokens "
-            f"{max(num_top, 1)}; draw such a run, or give a smaller --width, --cap or --num_top_tokens"
+            f"{args.cap + 2} tokens or more{flags}; draw such a run, or give a smaller --width, "
+            "--cap or --num_top_tokens"
         )
-
-    def stack(arrays: list[list[NDArray]]) -> NDArray:
-        return np.array([[array[:length] for array in row] for row in arrays]).swapaxes(0, 1)
-
-    return _Workload(
+    shape = (args.width, _NUM_COMPLETIONS, length, num_top)
+    ids, probs = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+    for place, top in enumerate(tops):
+        where = divmod(place, _NUM_COMPLETIONS)
+        ids[where] = top.top_ids[:length, :num_top]
+        probs[where] = top.top_probs[:length, :num_top]
+    seed = int(settings["seed"])
+    return Workload(
         prompts=[prompt.token_ids.tolist() for prompt in chosen],
         keys=[
-            [noise_key(int(settings["seed"]), p.prompt_id, c) for c in range(_NUM_COMPLETIONS)]
-            for p in chosen
+            [noise_key(seed, prompt.prompt_id, index) for index in row]
+            for prompt, row in zip(chosen, indices, strict=True)
         ],
-        texts=stack([prompt.completions[:_NUM_COMPLETIONS] for prompt in chosen]),
-        ids=stack([[top.top_ids for top in row] for row in tops])[..., :num_top].astype(np.int64),
-        probs=stack([[top.top_probs for top in row] for row in tops])[..., :num_top],
+        texts=np.array([[c[:length] for c in p.completions] for p in chosen]).swapaxes(0, 1),
+        ids=ids.swapaxes(0, 1),
+        probs=probs.swapaxes(0, 1),
+        numbers=number_tokens(tokenizer),
     )
 
 
-def _time(workload: _Workload, args: argparse.Namespace) -> str:
+def _time(workload: Workload, args: argparse.Namespace) -> str:
     prompts, num_top = workload.prompts, workload.ids.shape[-1]
-    memory = Memory(noise=num_top > 0, min_survival=args.min_survival)
+    memory = Memory(noise=num_top > 0, min_survival=args.min_survival, numbers=workload.numbers)
     for slot, prompt in enumerate(prompts):
         memory.open(str(slot), prompt, ())
     steps: list[tuple[float, float, int, int]] = []
@@ -170,4 +186,4 @@ def _time(workload: _Workload, args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_program(_PROGRAM, main, advice=""))
