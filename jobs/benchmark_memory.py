@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaminator.cli import main_program
-from streaminator.config import ModelConfig
+from streaminator.cli_replay import tokenizer_of
 from streaminator.data.finished import read_distributions
-from streaminator.engine.checkpoint import load_tokenizer
 from streaminator.engine.sampler import noise_key
 from streaminator.errors import DataError
 from streaminator.speculative.memory import Memory
@@ -62,8 +61,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--run", help="a run's folder: its texts, of the prompts that said most")
     parser.add_argument("--tokenizer_name", help="of the run; default: the one that it names")
     args = parser.parse_args(argv)
-    for number in args.num_top_tokens.split(","):
-        workload = read_run(int(number), args) if args.run else _made_up(int(number), args)
+    numbers = [int(word) for word in args.num_top_tokens.split(",")]
+    read = read_run(max(numbers), args) if args.run else None
+    for number in numbers:
+        if read is None:
+            workload = _made_up(number, args)
+        else:
+            workload = read._replace(ids=read.ids[..., :number], probs=read.probs[..., :number])
         sys.stdout.write(f"{number:>2} candidates: {_time(workload, args)}\n")
     return 0
 
@@ -94,9 +98,7 @@ def read_run(num_top: int, args: argparse.Namespace) -> Workload:
     log = read_log(args.run, Columns())
     if log.record is None:
         raise DataError(f"{args.run}: has no run.json; give a run's folder")
-    settings = log.record.settings
-    name = args.tokenizer_name or settings.get("tokenizer_name") or settings.get("model_name")
-    tokenizer = load_tokenizer(ModelConfig(tokenizer_name=str(name)))
+    tokenizer = tokenizer_of(log, args.tokenizer_name)
     logged = encode(log, tokenizer, num_completions=_NUM_COMPLETIONS)
     chosen = [prompt for prompt in logged if len(prompt.completions) == _NUM_COMPLETIONS]
     chosen.sort(key=lambda prompt: -min(map(len, prompt.completions)))
@@ -122,7 +124,9 @@ def read_run(num_top: int, args: argparse.Namespace) -> Workload:
         where = divmod(place, _NUM_COMPLETIONS)
         ids[where] = top.top_ids[:length, :num_top]
         probs[where] = top.top_probs[:length, :num_top]
-    seed = int(settings["seed"])
+    for note in log.notes:
+        sys.stderr.write(f"{note}\n")
+    seed = int(log.record.settings["seed"])
     return Workload(
         prompts=[prompt.token_ids.tolist() for prompt in chosen],
         keys=[
@@ -132,7 +136,7 @@ def read_run(num_top: int, args: argparse.Namespace) -> Workload:
         texts=np.array([[c[:length] for c in p.completions] for p in chosen]).swapaxes(0, 1),
         ids=ids.swapaxes(0, 1),
         probs=probs.swapaxes(0, 1),
-        numbers=number_tokens(tokenizer),
+        numbers=None if tokenizer is None else number_tokens(tokenizer),
     )
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`streaminator replay`: speculators side by side on logged completions, without a model.
 
-Used by: `streaminator.cli`.
+Used by: `streaminator.cli`; `tokenizer_of` by `jobs.benchmark_memory`.
 """
 
 import argparse
@@ -141,7 +141,7 @@ def _read(source: str, args: argparse.Namespace) -> tuple[Log, list[LoggedPrompt
     """A log with its prompts, which start warm if that is asked for."""
     columns = Columns(**{column.name: getattr(args, column.name) for column in fields(Columns)})
     log = read_log(source, columns)
-    tokenizer = _tokenizer(log, args.tokenizer_name)
+    tokenizer = tokenizer_of(log, args.tokenizer_name)
     if tokenizer is not None:
         log.numbers = number_tokens(tokenizer)
     prompts = encode(
@@ -165,8 +165,8 @@ def _read(source: str, args: argparse.Namespace) -> tuple[Log, list[LoggedPrompt
     return log, warm(prompts, log, encode(earlier, tokenizer), earlier)
 
 
-def _tokenizer(log: Log, name: str | None) -> Any:
-    """The tokenizer asked for, else a run's own, else None."""
+def tokenizer_of(log: Log, name: str | None) -> Any:
+    """The tokenizer asked for, else a run's own, else None. Raises: ModelError for the first."""
     if name is None and log.record is None:
         return None
     # Imports torch and transformers.

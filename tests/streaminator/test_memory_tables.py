@@ -19,11 +19,16 @@ LAST = 0xC0000000
 """The first of the keys whose place is the last of the four buckets."""
 
 
-def test_full_buckets_send_contexts_on_and_none_is_lost():
-    arena = Arena(1 << 12)
+def make_table(num_rows: int) -> np.ndarray:
+    """Record of an empty table behind the arena's first rows."""
     table = np.zeros(CLOCK + 1, np.int64)
     table[START], table[NUM_BUCKETS] = FIRST, BUCKETS
-    table[NUM_ROWS], table[USED_ROWS] = 64, 2 * BUCKETS
+    table[NUM_ROWS], table[USED_ROWS] = num_rows, 2 * BUCKETS
+    return table
+
+
+def test_full_buckets_send_contexts_on_and_none_is_lost():
+    arena, table = Arena(1 << 12), make_table(64)
     rows: dict[int, int] = {}
     for key in range(LAST, LAST + 100):
         row = enter(arena.rows, table, np.int32(np.uint32(key)))
@@ -39,10 +44,7 @@ def test_full_buckets_send_contexts_on_and_none_is_lost():
 
 
 def test_a_table_without_rows_takes_no_more_contexts():
-    arena = Arena(1 << 12)
-    table = np.zeros(CLOCK + 1, np.int64)
-    table[START], table[NUM_BUCKETS] = FIRST, BUCKETS
-    table[NUM_ROWS], table[USED_ROWS] = 10, 2 * BUCKETS
+    arena, table = Arena(1 << 12), make_table(10)
     entered = [enter(arena.rows, table, np.int32(key)) for key in (5, 6, 7)]
     assert entered == [FIRST + 8, FIRST + 9, -1]
     assert find(arena.rows, table, np.uint64(7)) == -1
