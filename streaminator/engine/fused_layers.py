@@ -33,7 +33,7 @@ from streaminator.engine.kernels import (
     shape_of,
 )
 from streaminator.engine.kv_cache import KVCache
-from streaminator.engine.packed_linear import Packer
+from streaminator.engine.packed_linear import Packer, Product
 from streaminator.sequence import Prompt
 from streaminator.sequence import Sequence as TokenSequence
 
@@ -76,7 +76,9 @@ class FusedLayer:
             eps=eps_of(self._head_norms[0]) if self._head_norms else 0.0,
             norms=[norm.weight for norm in self._head_norms],
         )
-        self.pack()
+        self._products: list[Product] = []
+        self.described: Layer | None = None
+        """For `Kernels.run_layers`, without its cache; None: a product is not the kernels'."""
 
     @property
     def linears(self) -> list[torch.nn.Linear]:
@@ -94,7 +96,6 @@ class FusedLayer:
             self._packer.pack(_join(layers), _bias(layers)) for layers in self._sources
         ]
         self.described = self._describe()
-        """For `Kernels.run_layers`, without its cache; None: a product is not the kernels'."""
 
     def _describe(self) -> Layer | None:
         products = [p.addresses for p in self._products if isinstance(p, KernelProduct)]
@@ -200,7 +201,8 @@ def fuse_layers(
             raise NotFusedError(f"{type(layer).__name__} computes something else than a Llama's")
         fused.append(FusedLayer(layer, call, kernels[dtype], packer))
         if not fused[-1].can_pack():
-            raise NotFusedError("a row of its products is not the same in any batch")
+            raise NotFusedError("its products do not pack, or a row is not the same in any batch")
+        fused[-1].pack()
     return FusedStack(fused)
 
 
@@ -249,6 +251,7 @@ def _computes_the_same(
     generator = torch.Generator().manual_seed(index)
     results = []
     fused = FusedLayer(layer, call, kernels, packer)
+    fused.pack()
     for forward in (layer, fused, FusedStack([fused])):
         generator.manual_seed(index)
         options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}

@@ -249,7 +249,7 @@ class ModelRunner:
     def describe_memory(self, cache: KVCache) -> str:
         """What weights and cache take, in words."""
         weights = sum(tensor.nbytes for tensor in {*self.model.parameters(), *self.model.buffers()})
-        packed = sum(layer.weight.nbytes for layer in self._packed)
+        packed = sum(layer.forward.nbytes for layer in self._packed)  # type: ignore[union-attr]
         packed += self._fused.nbytes if self._fused else 0
         per_block = bytes_per_block(self.shapes, cache.block_size, self.dtype)
         return (

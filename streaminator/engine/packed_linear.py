@@ -4,7 +4,7 @@
 On a CPU products of 8 to 64 rows, a stream's, take up to half the time so, in float32 and bfloat16, and
 a row's result does not depend on how many rows there are. That is tried for every shape; one for
 which it does not hold keeps the plain product. The kernels are this project's own on processors with
-AVX-512 (`csrc/products.c`) or AMX (`csrc/tiles.c`), elsewhere oneDNN's.
+AVX2, AVX-512 (`csrc/products.c`) or AMX (`csrc/tiles.c`), elsewhere oneDNN's.
 
 Used by: `model_runner`, `fused_layers`.
 """
@@ -23,6 +23,9 @@ _MORE_ROWS = tuple(num * KERNEL_ROW_MULTIPLE for num in (1, 3, 5))
 """And of the kernels' products."""
 _HINT = 16
 """Rows that oneDNN's layout is chosen for."""
+
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Product(Protocol):
@@ -57,9 +60,8 @@ class Packer:
         return self._pack(weight, bias, self._pages)
 
     def _pack(self, weight: torch.Tensor, bias: torch.Tensor | None, pages: Pages) -> Product:
-        kernels = self._kernels
-        if kernels and kernels.dtype == weight.dtype and kernels.has_product(*weight.shape):
-            return kernels.product(weight, bias, pages)
+        if self._kernels and self._has_own(weight):
+            return self._kernels.product(weight, bias, pages)
         return _OneDnnProduct(weight, bias)
 
     @torch.inference_mode()
@@ -67,8 +69,16 @@ class Packer:
         """Whether packed products are there for this type, and each row's is the same in any batch."""
         kind = weight.shape, weight.dtype
         if kind not in self._can_pack:
-            self._can_pack[kind] = _has_packed(weight.dtype) and self._are_rows_equal(weight)
+            is_known = weight.dtype in _TYPES
+            has_one = self._has_own(weight) or torch.backends.mkldnn.is_available()
+            self._can_pack[kind] = is_known and has_one and self._are_rows_equal(weight)
         return self._can_pack[kind]
+
+    def _has_own(self, weight: torch.Tensor) -> bool:
+        kernels = self._kernels
+        return bool(
+            kernels and kernels.dtype == weight.dtype and kernels.has_product(*weight.shape)
+        )
 
     def _are_rows_equal(self, weight: torch.Tensor) -> bool:
         packed = self._pack(weight, None, Pages())
@@ -107,23 +117,29 @@ def pack_linear(layers: Iterable[torch.nn.Linear], packer: Packer) -> None:
 
 
 class _OneDnnProduct:
+    """Of float32 where fewer bits are slow, and a row's sums depend on the batch."""
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._dtype = weight.dtype if _has_packed(weight.dtype) else torch.float32
+        weight = weight.to(self._dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _HINT)
-        self._bias = bias
+        self._bias = None if bias is None else bias.to(self._dtype)
         self.nbytes = weight.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        product = torch.ops.mkldnn._linear_pointwise(
+            x.to(self._dtype), self._weight, self._bias, "none", [], ""
+        )
+        return product.to(x.dtype)
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(
-            x, residual, self._weight, self._bias, "add"
+        total = torch.ops.mkldnn._linear_pointwise.binary(
+            x.to(self._dtype), residual.to(self._dtype), self._weight, self._bias, "add"
         )
+        return total.to(x.dtype)
 
 
 def _has_packed(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float32

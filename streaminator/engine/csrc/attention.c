@@ -14,7 +14,11 @@
 
 #define TILE 4        // rows that share what is loaded of keys and values
 #define TASK_ROWS 32  // rows of one KV head that a thread takes at a time
-#define SLICE 4       // vectors of a value that are summed up in registers
+#ifdef __AVX512F__
+#define SLICE 4  // vectors of a value that are summed up in registers
+#else
+#define SLICE 2
+#endif
 
 // Rows `row` to `row + num` of a sequence's KV head; a KV head has the rows of all its queries, and
 // in each of these of all heads that share it.
@@ -93,13 +97,12 @@ typedef struct {
     int64_t num;
 } Ahead;
 
-// TILE rows of one KV head. `query` [HEAD_DIM / PAIR, TILE]; `out` a pointer for each row.
-static void attend_tile(const pair *query, float scale, const int64_t *positions,
+// TILE rows of one KV head. `query` [HEAD_DIM / PAIR, TILE, PAIR]; `out` a pointer for each row.
+static void attend_tile(const factor *query, float scale, const int64_t *positions,
                         const scalar *keys, const scalar *values, int64_t block_stride,
                         const int64_t *table, const scalar *own_key, const scalar *own_value,
                         int64_t own_block, int64_t window, float *scores, int64_t score_stride,
                         const Ahead *ahead, scalar **out) {
-    const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     int64_t first = positions[0] - window + 1, last = positions[0];
     for (int row = 1; row < TILE; row++) {
         if (positions[row] > last) last = positions[row];
@@ -111,44 +114,51 @@ static void attend_tile(const pair *query, float scale, const int64_t *positions
     for (int64_t block = begin; block < end; block++) {
         const scalar *key = block == own_block ? own_key : keys + table[block] * block_stride;
         const scalar *value = values + table[block] * block_stride;
-        vec even[TILE], odd[TILE];
+        for (int from = 0; from < BLOCK; from += LANES) {
+            vec even[TILE], odd[TILE];
 #pragma GCC unroll 4
-        for (int row = 0; row < TILE; row++) even[row] = odd[row] = (vec){0};
-        for (int at = 0; at < HEAD_DIM / PAIR; at += 2) {
-            const scalar *part = key + at * BLOCK * PAIR;
-            __builtin_prefetch(value + at * BLOCK * PAIR, 0, 2);
-            __builtin_prefetch(value + (at + 1) * BLOCK * PAIR, 0, 2);
+            for (int row = 0; row < TILE; row++) even[row] = odd[row] = (vec){0};
+            for (int at = 0; at < HEAD_DIM / PAIR; at += 2) {
+                const scalar *part = key + (at * BLOCK + from) * PAIR;
+                pairs here = pairs_at(part), after = pairs_at(part + BLOCK * PAIR);
+                if (from == 0) {
+                    __builtin_prefetch(value + at * BLOCK * PAIR, 0, 2);
+                    __builtin_prefetch(value + (at + 1) * BLOCK * PAIR, 0, 2);
+                }
+#pragma GCC unroll 4
+                for (int row = 0; row < TILE; row++) {
+                    const factor *x = query + (at * TILE + row) * PAIR;
+                    even[row] = add_products(even[row], here, x);
+                    odd[row] = add_products(odd[row], after, x + TILE * PAIR);
+                }
+            }
 #pragma GCC unroll 4
             for (int row = 0; row < TILE; row++) {
-                even[row] = add_products(even[row], part, query[at * TILE + row]);
-                odd[row] = add_products(odd[row], part + BLOCK * PAIR, query[(at + 1) * TILE + row]);
+                vec sum = (even[row] + odd[row]) * scale;
+                int64_t ahead = positions[row] - block * BLOCK, behind = ahead - window;
+                if (ahead < BLOCK - 1 || behind >= 0) {
+                    ints lanes = numbered() + from;
+                    ints seen = lanes <= (int32_t)(ahead < BLOCK ? ahead : BLOCK);
+                    seen &= lanes > (int32_t)(behind < -1 ? -1 : behind > BLOCK ? BLOCK : behind);
+                    sum = choose(seen, sum, spread(-INFINITY));
+                }
+                most[row] = larger(sum, most[row]);
+                storef(scores + row * score_stride + (block - begin) * BLOCK + from, sum);
             }
-        }
-#pragma GCC unroll 4
-        for (int row = 0; row < TILE; row++) {
-            vec sum = (even[row] + odd[row]) * scale;
-            int64_t ahead = positions[row] - block * BLOCK, behind = ahead - window;
-            if (ahead < BLOCK - 1 || behind >= 0) {
-                ints seen = lanes <= (int32_t)(ahead < BLOCK ? ahead : BLOCK);
-                seen &= lanes > (int32_t)(behind < -1 ? -1 : behind > BLOCK ? BLOCK : behind);
-                sum = choose(seen, sum, spread(-INFINITY));
-            }
-            most[row] = larger(sum, most[row]);
-            storef(scores + row * score_stride + (block - begin) * BLOCK, sum);
         }
     }
-    // A row's weights take the place of its scores, as pairs.
-    float factor[TILE];
+    // A row's weights take the place of its scores, as factors.
+    float scales[TILE];
     for (int row = 0; row < TILE; row++) {
         float *line = scores + row * score_stride, top = largest_of(most[row]);
-        scalar *weights = (scalar *)line;
+        factor *weights = (factor *)line;
         vec total = {0};
         for (int64_t at = 0; at < (end - begin) * BLOCK; at += LANES) {
             vec weight = rounded(exp_of(loadf(line + at) - top));
             total += weight;
-            store(weights + at, weight);
+            store_factors(weights + at, weight);
         }
-        factor[row] = 1 / sum_of(total);
+        scales[row] = 1 / sum_of(total);
     }
     for (int from = 0; from < HEAD_DIM; from += SLICE * LANES) {
         const int num_parts = (HEAD_DIM - from) / LANES < SLICE ? (HEAD_DIM - from) / LANES : SLICE;
@@ -160,7 +170,7 @@ static void attend_tile(const pair *query, float scale, const int64_t *positions
         for (int64_t block = begin; block < end; block++) {
             const scalar *value =
                 block == own_block ? own_value : values + table[block] * block_stride;
-            const scalar *weights = (const scalar *)scores + (block - begin) * BLOCK;
+            const factor *weights = (const factor *)scores + (block - begin) * BLOCK;
             const int64_t weight_stride = score_stride * (int64_t)(sizeof *scores / sizeof *weights);
             int64_t index = block - begin;
             const scalar *next =
@@ -170,14 +180,13 @@ static void attend_tile(const pair *query, float scale, const int64_t *positions
                 for (int part = 0; part < num_parts; part++)
                     __builtin_prefetch(next + at * HEAD_DIM + (from + part * LANES) * PAIR, 0, 2);
 #pragma GCC unroll 4
-                for (int row = 0; row < TILE; row++) {
-                    pair weight = pair_at(weights + row * weight_stride + at);
+                for (int part = 0; part < SLICE; part++) {
+                    if (part >= num_parts) break;
+                    pairs here = pairs_at(value + at * HEAD_DIM + (from + part * LANES) * PAIR);
 #pragma GCC unroll 4
-                    for (int part = 0; part < SLICE; part++)
-                        if (part < num_parts)
-                            sums[row][part] = add_products(
-                                sums[row][part],
-                                value + at * HEAD_DIM + (from + part * LANES) * PAIR, weight);
+                    for (int row = 0; row < TILE; row++)
+                        sums[row][part] =
+                            add_products(sums[row][part], here, weights + row * weight_stride + at);
                 }
             }
         }
@@ -186,7 +195,7 @@ static void attend_tile(const pair *query, float scale, const int64_t *positions
 #pragma GCC unroll 4
             for (int part = 0; part < SLICE; part++)
                 if (part < num_parts)
-                    store(out[row] + from + part * LANES, sums[row][part] * factor[row]);
+                    store(out[row] + from + part * LANES, sums[row][part] * scales[row]);
     }
 }
 
@@ -215,7 +224,7 @@ static void attend_rows(const scalar *qkv, const scalar *cosine, const scalar *s
         put(turned, key + shape->num_kv_heads * HEAD_DIM, own_key, own_value, first % BLOCK);
     }
     for (int64_t done = 0; done < task->num; done += TILE) {
-        pair query[HEAD_DIM / PAIR * TILE];
+        factor query[HEAD_DIM * TILE];
         int64_t positions[TILE];
         scalar *to[TILE], turned[HEAD_DIM];
         for (int index = 0; index < TILE; index++) {
@@ -224,8 +233,8 @@ static void attend_rows(const scalar *qkv, const scalar *cosine, const scalar *s
             int64_t at = start + here / group, head = kv_head * group + here % group;
             rotated(qkv + at * width + head * HEAD_DIM, shape->q_norm, shape->eps,
                     cosine + at * HEAD_DIM, sine + at * HEAD_DIM, turned);
-            for (int dim = 0; dim < HEAD_DIM / PAIR; dim++)
-                query[dim * TILE + index] = pair_at(turned + dim * PAIR);
+            for (int dim = 0; dim < HEAD_DIM; dim++)
+                query[(dim / PAIR * TILE + index) * PAIR + dim % PAIR] = factor_of(turned[dim]);
             positions[index] = first + here / group;
             to[index] = out + (at * shape->num_heads + head) * HEAD_DIM;
         }

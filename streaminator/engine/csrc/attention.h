@@ -7,8 +7,8 @@
 
 #include "vectors.h"
 
-#if BLOCK != LANES || HEAD_DIM % LANES
-#error "a block is one vector of keys, a head whole vectors"
+#if BLOCK % LANES || HEAD_DIM % LANES
+#error "a block is whole vectors of keys, a head whole vectors"
 #endif
 
 typedef struct {

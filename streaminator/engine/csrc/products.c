@@ -1,37 +1,63 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Matrix products of few rows with weights that are packed for them, on a CPU with AVX-512; `tiles.c` has
-// those of a CPU with AMX. Compiled by `compile_kernels.py` for one type of weights: -DBF16=0|1.
+// Matrix products of few rows with weights that are packed for them, on a CPU with AVX2 or AVX-512;
+// `tiles.c` has those of a CPU with AMX. Compiled by `compile_kernels.py` for one type of weights: -DBF16=0|1.
 //
 // Exactness: a row's sums are built up input by input, by the same instructions in any batch; the
 // last tile, of ROWS or half as many, is filled with rows that are not stored.
 
 #include "products.h"
 
+#define IS_CONVERTED (sizeof(factor) != sizeof(scalar))
+// Rows whose sums with two vectors of outputs fill the processor's registers.
+#ifdef __AVX512F__
+#define SUM_ROWS ROWS
+#else
+#define SUM_ROWS (ROWS / 2)
+#endif
+
+// Add the products of `rows` rows, a constant, with two vectors of `num` inputs of a panel of weights, while
+// lines from `line` on are fetched, if it is given.
+static inline __attribute__((always_inline)) void add_up(const int rows, const factor *x,
+                                                         int64_t num_inputs, const scalar *panel,
+                                                         int64_t num, const char *line,
+                                                         vec out[ROWS][PANEL / LANES]) {
+    vec sums[SUM_ROWS][2];
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++) memcpy(sums[row], out[row], sizeof sums[row]);
+    for (int64_t at = 0; at < num; at += PAIR, panel += PANEL * PAIR) {
+        if (line) __builtin_prefetch(line + at / PAIR * LINE, 0, 2);
+        pairs left = pairs_at(panel), right = pairs_at(panel + LANES * PAIR);
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; row++) {
+            const factor *one = x + row * num_inputs + at;
+            sums[row][0] = add_products(sums[row][0], left, one);
+            sums[row][1] = add_products(sums[row][1], right, one);
+        }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++) memcpy(out[row], sums[row], sizeof sums[row]);
+}
+
 // The products of `rows` rows, a constant, with a panel of weights, while lines are fetched, PIECE of them
-// at each of `places`.
-static inline __attribute__((always_inline)) void product_tile(const int rows, const scalar *x,
+// at each of `places`. What is read of the panel meanwhile stays in the nearest cache.
+static inline __attribute__((always_inline)) void product_tile(const int rows, const factor *x,
                                                                int64_t num_inputs,
                                                                const scalar *panel,
                                                                const char *const *places,
-                                                               vec out[ROWS][2]) {
-    vec sums[ROWS][2];
-#pragma GCC unroll 8
-    for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = (vec){0};
+                                                               vec out[ROWS][PANEL / LANES]) {
+    const int step = rows < SUM_ROWS ? rows : SUM_ROWS;
+    memset(out, 0, (size_t)rows * sizeof *out);
     for (int64_t begin = 0; begin < num_inputs; begin += PIECE * PAIR, places++) {
-        int64_t end = begin + PIECE * PAIR < num_inputs ? begin + PIECE * PAIR : num_inputs;
-        const char *line = *places;
-        for (int64_t at = begin; at < end; at += PAIR, panel += PANEL * PAIR, line += LINE) {
-            __builtin_prefetch(line, 0, 2);
-#pragma GCC unroll 8
-            for (int row = 0; row < rows; row++) {
-                pair factor = pair_at(x + row * num_inputs + at);
-                sums[row][0] = add_products(sums[row][0], panel, factor);
-                sums[row][1] = add_products(sums[row][1], panel + LANES * PAIR, factor);
-            }
-        }
+        int64_t left = num_inputs - begin, num = left < PIECE * PAIR ? left : PIECE * PAIR;
+#pragma GCC unroll 4
+        for (int part = 0; part < PANEL / LANES; part += 2)
+#pragma GCC unroll 2
+            for (int row = 0; row < rows; row += step)
+                add_up(step, x + row * num_inputs + begin, num_inputs,
+                       panel + begin * PANEL + part * LANES * PAIR, num,
+                       row + part ? NULL : *places, (vec(*)[PANEL / LANES])(out[row] + part));
     }
-    memcpy(out, sums, (size_t)rows * sizeof *sums);
 }
 
 // [num_outputs, num_inputs] -> [num_outputs / PANEL, num_inputs / PAIR, PANEL, PAIR].
@@ -44,7 +70,7 @@ void pack_weight(const scalar *weight, scalar *packed, int64_t num_outputs, int6
 
 // Whether it is worth it on this processor.
 int are_products_fast(void) {
-#ifdef __AVX512F__
+#if defined __AVX512F__ || defined __AVX2__ && defined __FMA__
     return 1;
 #else
     return 0;
@@ -64,48 +90,56 @@ int product(const scalar *x, const scalar *packed, const scalar *bias, const sca
     int64_t num_whole = num_rows / ROWS * ROWS, num_tiles = (num_rows + ROWS - 1) / ROWS;
     int64_t num_steps = num_inputs / PAIR, num_parts = (num_steps + PIECE - 1) / PIECE;
     int64_t num_whole_parts = num_steps / PIECE, num_idle = num_idle_tiles(num_rows);
-    scalar *last = NULL;
-    if (num_rows % (ROWS / 2) || num_rows - num_whole > ROWS / 2) {
-        last = calloc((size_t)(ROWS * num_inputs), sizeof *last);
-        if (!last) return 1;
-        memcpy(last, x + num_whole * num_inputs,
-               (size_t)((num_rows - num_whole) * num_inputs) * sizeof *last);
-    }
-#pragma omp parallel for num_threads(num_threads)
-    for (int64_t panel = 0; panel < num_outputs / PANEL; panel++)
-        for (int64_t tile = 0; tile < num_tiles; tile++) {
-            vec sums[ROWS][2];
-            const scalar *weights = packed + panel * PANEL * num_inputs;
-            const char *places[num_parts];
-            // All tiles but the first find the panel in the cache, so that the memory would be idle:
-            // the first two fetch the next panel. With one tile it never is.
-            int64_t ahead = num_tiles > 1 && tile < 2 ? (2 + tile) * LINE * num_steps : 0;
-            for (int64_t part = 0; part < num_parts; part++)
-                places[part] = (const char *)weights + ahead + part * PIECE * LINE;
-            if (coming && tile >= 2) {
-                int64_t first = (panel * num_idle + tile - 2) * num_whole_parts;
-                for (int64_t part = 0; part < num_whole_parts && first + part < coming->num; part++)
-                    places[part] = coming->pieces[first + part];
-            }
-            int64_t row = tile * ROWS;
-            const scalar *rows = row < num_whole || !last ? x + row * num_inputs : last;
-            if (num_rows - row <= ROWS / 2)
-                product_tile(ROWS / 2, rows, num_inputs, weights, places, sums);
-            else
-                product_tile(ROWS, rows, num_inputs, weights, places, sums);
-            for (int index = 0; index < ROWS && row + index < num_rows; index++)
-                for (int half = 0; half < 2; half++) {
-                    int64_t column = panel * PANEL + half * LANES;
-                    finish(sums[index][half], bias, residual, out, column,
-                           (row + index) * num_outputs + column);
+    int is_whole = num_rows % (ROWS / 2) == 0 && num_rows - num_whole <= ROWS / 2;
+    // Rows from here on are copied, and filled up to whole tiles.
+    int64_t first = IS_CONVERTED ? 0 : is_whole ? num_rows : num_whole;
+    int64_t num_kept = first < num_rows ? num_tiles * ROWS - first : 0;
+    factor *kept = NULL;
+    if (num_kept && !(kept = malloc((size_t)(num_kept * num_inputs) * sizeof *kept))) return 1;
+#pragma omp parallel num_threads(num_threads)
+    {
+#pragma omp for
+        for (int64_t row = 0; row < num_kept; row++)
+            for (int64_t at = 0; at < num_inputs; at++)
+                kept[row * num_inputs + at] =
+                    first + row < num_rows ? factor_of(x[(first + row) * num_inputs + at]) : 0;
+#pragma omp for
+        for (int64_t panel = 0; panel < num_outputs / PANEL; panel++)
+            for (int64_t tile = 0; tile < num_tiles; tile++) {
+                vec sums[ROWS][PANEL / LANES];
+                const scalar *weights = packed + panel * PANEL * num_inputs;
+                const char *places[num_parts];
+                // All tiles but the first find the panel in the cache, so that the memory would be idle:
+                // the first two fetch the next panel. With one tile it never is.
+                int64_t ahead = num_tiles > 1 && tile < 2 ? (2 + tile) * LINE * num_steps : 0;
+                for (int64_t part = 0; part < num_parts; part++)
+                    places[part] = (const char *)weights + ahead + part * PIECE * LINE;
+                if (coming && tile >= 2) {
+                    int64_t next = (panel * num_idle + tile - 2) * num_whole_parts;
+                    for (int64_t part = 0; part < num_whole_parts && next + part < coming->num; part++)
+                        places[part] = coming->pieces[next + part];
                 }
-        }
+                int64_t row = tile * ROWS;
+                const factor *rows = row < first ? (const factor *)x + row * num_inputs
+                                                 : kept + (row - first) * num_inputs;
+                if (num_rows - row <= ROWS / 2)
+                    product_tile(ROWS / 2, rows, num_inputs, weights, places, sums);
+                else
+                    product_tile(ROWS, rows, num_inputs, weights, places, sums);
+                for (int index = 0; index < ROWS && row + index < num_rows; index++)
+                    for (int part = 0; part < PANEL / LANES; part++) {
+                        int64_t column = panel * PANEL + part * LANES;
+                        finish(sums[index][part], bias, residual, out, column,
+                               (row + index) * num_outputs + column);
+                    }
+            }
+    }
     if (coming) {
         int64_t fetched = num_outputs / PANEL * num_idle * num_whole_parts;
         if (fetched > coming->num) fetched = coming->num;
         coming->pieces += fetched;
         coming->num -= fetched;
     }
-    free(last);
+    free(kept);
     return 0;
 }

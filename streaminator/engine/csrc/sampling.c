@@ -143,9 +143,9 @@ static void find_candidates(const scalar *row, int64_t size, const int32_t *larg
 // x / temperature - top of LANES tokens, -inf for those that are found.
 static inline vec rest_at(const scalar *row, int64_t at, int64_t size, float temperature, float top,
                           const Candidates *found) {
-    const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     vec x = logits_at(row, at, size);
-    ints is_found = (x > found->edge) | ((x == found->edge) & (lanes + (int32_t)at <= found->last));
+    ints is_early = numbered() + (int32_t)at <= found->last;
+    ints is_found = (x > found->edge) | ((x == found->edge) & is_early);
     return choose(is_found, spread(-INFINITY), x / temperature - top);
 }
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Vectors of 16 floats, which the compiler maps to what the processor has, and weights of the type that
-// is compiled for (-DBF16=0|1).
+// Vectors of floats as wide as the processor's registers (wider ones the compiler keeps in memory), and
+// weights of the type that is compiled for (-DBF16=0|1).
 
 #pragma once
 
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 #include <math.h>
@@ -13,7 +13,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined __AVX512F__
 #define LANES 16
+#elif defined __AVX__
+#define LANES 8
+#else
+#define LANES 4
+#endif
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -85,10 +91,19 @@ static inline vec choose(ints where, vec a, vec b) {
     return (vec)(((bits)a & (bits)where) | ((bits)b & ~(bits)where));
 }
 
+// 0, 1, 2 and so on.
+static inline ints numbered(void) {
+    ints lanes;
+    for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
+    return lanes;
+}
+
 // A bit for each lane of a comparison.
 static inline uint32_t lanes_of(ints where) {
-#ifdef __AVX512F__
+#if defined __AVX512F__
     return _mm512_cmplt_epi32_mask((__m512i)where, _mm512_setzero_si512());
+#elif defined __AVX__
+    return (uint32_t)_mm256_movemask_ps((__m256)where);
 #else
     uint32_t lanes = 0;
     for (int lane = 0; lane < LANES; lane++) lanes |= (uint32_t)(where[lane] & 1) << lane;
@@ -131,29 +146,62 @@ static inline vec exp_of(vec x) {
 
 // Numbers that a multiplication takes at a time: in bfloat16 two, which lie side by side.
 #define PAIR (BF16 ? 2 : 1)
-#if BF16
-typedef uint32_t pair;
+
+// What pairs are multiplied with. Where there is no multiplication of pairs these become floats once, since
+// they are used again and again.
+#if BF16 && !defined __AVX512BF16__
+typedef float factor;
+
+static inline factor factor_of(scalar x) { return get(x); }
+
+// Of numbers that are `rounded`.
+static inline void store_factors(factor *at, vec x) { storef(at, x); }
 #else
-typedef float pair;
+typedef scalar factor;
+
+static inline factor factor_of(scalar x) { return x; }
+
+static inline void store_factors(factor *at, vec x) { store(at, x); }
 #endif
 
-static inline pair pair_at(const scalar *at) {
-    pair read;
-    memcpy(&read, at, sizeof read);
+// LANES pairs, as they are multiplied.
+#if BF16 && defined __AVX512BF16__
+typedef __m512bh pairs;
+
+static inline pairs pairs_at(const scalar *at) { return (pairs)_mm512_loadu_si512(at); }
+
+// sum + the products of pairs with the pair at `x`, in this order.
+static inline vec add_products(vec sum, pairs many, const factor *x) {
+    int32_t both;
+    memcpy(&both, x, sizeof both);
+    return (vec)_mm512_dpbf16_ps((__m512)sum, many, (pairs)_mm512_set1_epi32(both));
+}
+#elif BF16
+typedef struct {
+    vec first, second;
+} pairs;
+
+static inline pairs pairs_at(const scalar *at) {
+    bits many;
+    memcpy(&many, at, sizeof many);
+    return (pairs){(vec)(many << 16), (vec)(many & 0xffff0000u)};
+}
+
+static inline vec add_products(vec sum, pairs many, const factor *x) {
+    sum += many.first * x[0];
+    return sum + many.second * x[1];
+}
+#else
+typedef vec pairs;
+
+static inline pairs pairs_at(const scalar *at) {
+    vec read = load(at);
+#if defined __AVX__ && !defined __AVX512F__
+    // Else it would be loaded anew for each row.
+    __asm__("" : "+x"(read));
+#endif
     return read;
 }
 
-// sum + the products of LANES pairs at `at` with one pair, in this order.
-static inline vec add_products(vec sum, const scalar *at, pair factor) {
-#if BF16 && defined __AVX512BF16__
-    __m512bh many = (__m512bh)_mm512_loadu_si512(at), one = (__m512bh)_mm512_set1_epi32((int)factor);
-    return (vec)_mm512_dpbf16_ps((__m512)sum, many, one);
-#elif BF16
-    bits many;
-    memcpy(&many, at, sizeof many);
-    sum += (vec)(many << 16) * get((scalar)factor);
-    return sum + (vec)(many & 0xffff0000u) * get((scalar)(factor >> 16));
-#else
-    return sum + load(at) * factor;
+static inline vec add_products(vec sum, pairs many, const factor *x) { return sum + many * *x; }
 #endif
-}
