@@ -27,7 +27,7 @@ from streaminator.engine.paged_attention import attend_paged
 from streaminator.errors import ModelError
 
 NAME = "streaminator"
-KEY_CHUNK = 256
+KEY_CHUNK = 128
 QUERY_MULTIPLE = 4
 
 # Options of a model's attention that are honoured below, or do nothing at inference.
@@ -140,7 +140,11 @@ def _attend_group(
         .permute(0, 2, 3, 1, 4)
         .reshape(num_sequences, num_kv_heads, num_groups * num_queries, -1)
     )
-    mask = _mask(group, key.shape[2], num_groups, window, query.dtype)
+    if query.device.type == "cpu":
+        # With fewer bits a row's result depends on how many rows there are.
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        packed, key, value = packed.to(dtype), key.to(dtype), value.to(dtype)
+    mask = _mask(group, key.shape[2], num_groups, window, packed.dtype)
     num_rows = packed.shape[2]
     packed = F.pad(packed, (0, 0, 0, mask.shape[2] - num_rows))
     result = _attend(packed, key, value, mask, scale, softcap)[:, :, :num_rows]
@@ -149,6 +153,7 @@ def _attend_group(
         .permute(0, 3, 1, 2, 4)
         .reshape(num_sequences * num_queries, query.shape[1], -1)
     )
+    rows = rows.to(output.dtype)
     if group.valid is None:
         output.index_copy_(0, group.rows.flatten(), rows)
     else:
