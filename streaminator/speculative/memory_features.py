@@ -8,8 +8,9 @@ The text of a running sequence is its last tokens, one in each row of `history`:
     TEXT    the token
     ROLE    the last word before it, and how many tokens of a number lie between
     LINK    where the same token stood before (-1: nowhere), times 4; and how often by now, up to 3
+    BEFORE  1 + where the last word before it stood, and in the high bits the last part of a number
 
-(the fourth column is free). Behind them are, four to a row, 1 + where the token stood last whose id modulo _SIZE is 0, 1, 2 ...
+Behind them are, four to a row, 1 + where the token stood last whose id modulo _SIZE is 0, 1, 2 ...
 
 Used by: `memory`, `memory_correction`, `memory_kernels`, `memory_learning`.
 """
@@ -29,7 +30,8 @@ MAX_DRAFT = 64
 _SIZE = 512
 HISTORY_SHAPE = (_SIZE + _SIZE // 4, 4)
 """Of one running sequence."""
-_TEXT, _ROLE, _LINK = range(3)
+_TEXT, _ROLE, _LINK, _BEFORE = range(4)
+_HIGH, _LOW_BITS = 16, 0xFFFF
 _KEPT = 256  # tokens that stay when a history is full
 
 NUM_FEATURES = 10
@@ -61,6 +63,21 @@ def _role_after(history: Rows, place: int, numbers: NDArray[np.bool_]) -> int:
 
 
 @jit_inline
+def _before_after(history: Rows, place: int, numbers: NDArray[np.bool_]) -> int:
+    """BEFORE of the place behind this one."""
+    before = np.int64(history[place, _BEFORE])
+    if is_number(numbers, np.int64(history[place, _TEXT])):
+        return (before & _LOW_BITS) | (place + 1) << _HIGH
+    return (before & ~_LOW_BITS) | (place + 1)
+
+
+@jit_inline
+def _word_before(history: Rows, place: int) -> int:
+    """Where the last word before a place stood; -1: nowhere."""
+    return (np.int64(history[max(place, 0), _BEFORE]) & _LOW_BITS) - 1 if place >= 0 else -1
+
+
+@jit_inline
 def _last_of(history: Rows, token: int) -> int:
     """1 + where a token stood last, or another one in its place; 0: nowhere."""
     at = token & (_SIZE - 1)
@@ -80,6 +97,7 @@ def push(history: Rows, length: int, token: int, numbers: NDArray[np.bool_]) -> 
     last = before - 1
     history[length, _TEXT] = token
     history[length, _ROLE] = _role_after(history, length - 1, numbers) if length else 0
+    history[length, _BEFORE] = _before_after(history, length - 1, numbers) if length else 0
     if last >= 0 and history[last, _TEXT] == token:
         history[length, _LINK] = last << 2 | min((history[last, _LINK] & 3) + 1, 3)
     else:
@@ -152,6 +170,7 @@ def _next_of(history: Rows, first: int, end: int, start: int, length: int) -> in
 def _mark_repeated(
     history: Rows,
     length: int,
+    before: int,
     tokens: Ints,
     size: int,
     numbers: NDArray[np.bool_],
@@ -159,29 +178,31 @@ def _mark_repeated(
 ) -> int:
     """Bits in `traits` for which of the latest numbers each candidate would repeat.
 
-    Returns: how many tokens of a number are there already.
+    `before` is BEFORE of the place `length`. Returns: how many tokens of a number are there already.
     """
     for k in range(LANES):
         traits[_REPEATS + k] = 0
     if len(numbers) == 0:
         return 0
+    start = before & _LOW_BITS
+    can_repeat = start < length
     for k in range(size):
-        traits[_NUMBER + k] = tokens[k] if is_number(numbers, tokens[k]) else _END
-    start = length
-    while start > 0 and is_number(numbers, np.int64(history[start - 1, _TEXT])):
-        start -= 1
-    end, num = start, 0
+        is_part = is_number(numbers, tokens[k])
+        can_repeat |= is_part
+        traits[_NUMBER + k] = tokens[k] if is_part else _END
+    # Behind a word only a number repeats one.
+    if not can_repeat:
+        return 0
+    end = (np.int64(history[start - 1, _BEFORE]) if start > 0 else 0) >> _HIGH
+    num = 0
     while end > max(0, length - _NUMBERS_BACK) and num < _NUMBERS:
-        first = end
-        while first > 0 and is_number(numbers, np.int64(history[first - 1, _TEXT])):
-            first -= 1
-        if first < end:
-            following = np.int32(_next_of(history, first, end, start, length))
-            bit = np.int32(1 << num)
-            for k in range(LANES):
-                traits[_REPEATS + k] |= bit if traits[_NUMBER + k] == following else np.int32(0)
-            num += 1
-        end = min(first, end - 1)
+        first = _word_before(history, end - 1) + 1
+        following = np.int32(_next_of(history, first, end, start, length))
+        bit = np.int32(1 << num)
+        for k in range(LANES):
+            traits[_REPEATS + k] |= bit if traits[_NUMBER + k] == following else np.int32(0)
+        num += 1
+        end = np.int64(history[first, _BEFORE]) >> _HIGH
     return length - start
 
 
@@ -208,32 +229,26 @@ def find_features(
     last = np.int64(history[newest, _TEXT])
     role = _role_after(history, newest, numbers)
     # The words before it, numbers left out.
-    first = second = third = -1
-    index = newest
-    while index >= 0 and third < 0:
-        token = np.int64(history[index, _TEXT])
-        if not is_number(numbers, token):
-            if first < 0:
-                first = token
-            elif second < 0:
-                second = token
-            else:
-                third = token
-        index -= 1
+    before = _before_after(history, newest, numbers)
+    place = (before & _LOW_BITS) - 1
+    next_place = _word_before(history, place)
+    last_place = _word_before(history, next_place)
+    second = np.int64(history[nth(max(next_place, 0)), _TEXT]) if next_place >= 0 else -1
+    third = np.int64(history[nth(max(last_place, 0)), _TEXT]) if last_place >= 0 else -1
     # What followed where the last token, the last two tokens stood before.
     after_one = after_two = -1
     at = np.int64(history[newest, _LINK]) >> 2
     if at >= 0:
         after_one = np.int64(history[at + 1, _TEXT])
-        before = np.int64(history[newest - 1, _TEXT])
+        previous = np.int64(history[newest - 1, _TEXT])
         for _ in range(_STEPS):
             if at < 1:
                 break
-            if history[at - 1, _TEXT] == before:
+            if history[at - 1, _TEXT] == previous:
                 after_two = np.int64(history[at + 1, _TEXT])
                 break
             at = np.int64(history[at, _LINK]) >> 2
-    num_digits = min(_mark_repeated(history, length, tokens, size, numbers, traits), 7)
+    num_digits = min(_mark_repeated(history, length, before, tokens, size, numbers, traits), 7)
     is_known = 4 if after_two >= 0 else 0
     for k in range(size):
         token = tokens[k]

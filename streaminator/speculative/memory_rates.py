@@ -59,8 +59,8 @@ Floats = NDArray[np.float64]
 def share_bin(share: float) -> int:
     """Its bin: how many of the edges are below it."""
     index = 0
-    while index < NUM_SHARES - 1 and SHARE_EDGES[index] < share:
-        index += 1
+    for edge in range(NUM_SHARES - 1):
+        index += SHARE_EDGES[edge] < share
     return index
 
 
