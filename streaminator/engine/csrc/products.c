@@ -8,6 +8,11 @@
 
 #include "products.h"
 
+#ifdef __AVX512F__
+#define ALONE 0
+#else
+#define ALONE 2  // pieces that one tile alone fetches; with whole panels the processor does so itself
+#endif
 #define IS_CONVERTED (sizeof(factor) != sizeof(scalar))
 // Rows whose sums with two vectors of outputs fill the processor's registers.
 #ifdef __AVX512F__
@@ -39,12 +44,13 @@ static inline __attribute__((always_inline)) void add_up(const int rows, const f
     for (int row = 0; row < rows; row++) memcpy(out[row], sums[row], sizeof sums[row]);
 }
 
-// The products of `rows` rows, a constant, with a panel of weights, while lines are fetched, PIECE of them
-// at each of `places`. What is read of the panel meanwhile stays in the nearest cache.
+// The products of `rows` rows with a panel of weights, while lines are fetched: at each of `places`
+// `pieces` times PIECE. Both are constants. What is read of the panel meanwhile stays in the nearest cache.
 static inline __attribute__((always_inline)) void product_tile(const int rows, const factor *x,
                                                                int64_t num_inputs,
                                                                const scalar *panel,
                                                                const char *const *places,
+                                                               const int pieces,
                                                                vec out[ROWS][PANEL / LANES]) {
     const int step = rows < SUM_ROWS ? rows : SUM_ROWS;
     memset(out, 0, (size_t)rows * sizeof *out);
@@ -53,11 +59,26 @@ static inline __attribute__((always_inline)) void product_tile(const int rows, c
 #pragma GCC unroll 4
         for (int part = 0; part < PANEL / LANES; part += 2)
 #pragma GCC unroll 2
-            for (int row = 0; row < rows; row += step)
+            for (int row = 0; row < rows; row += step) {
+                int pass = (part / 2 * rows + row) / step;
                 add_up(step, x + row * num_inputs + begin, num_inputs,
                        panel + begin * PANEL + part * LANES * PAIR, num,
-                       row + part ? NULL : *places, (vec(*)[PANEL / LANES])(out[row] + part));
+                       pass < pieces ? *places + pass * PIECE * LINE : NULL,
+                       (vec(*)[PANEL / LANES])(out[row] + part));
+            }
     }
+}
+
+// The same for tiles that fetch for themselves, for others, or not.
+static inline __attribute__((always_inline)) void product_tile_of(
+    const int rows, const factor *x, int64_t num_inputs, const scalar *panel,
+    const char *const *places, int is_alone, int fetches, vec out[ROWS][PANEL / LANES]) {
+    if (is_alone)
+        product_tile(rows, x, num_inputs, panel, places, ALONE, out);
+    else if (fetches)
+        product_tile(rows, x, num_inputs, panel, places, 1, out);
+    else
+        product_tile(rows, x, num_inputs, panel, places, 0, out);
 }
 
 // [num_outputs, num_inputs] -> [num_outputs / PANEL, num_inputs / PAIR, PANEL, PAIR].
@@ -110,12 +131,16 @@ int product(const scalar *x, const scalar *packed, const scalar *bias, const sca
                 const scalar *weights = packed + panel * PANEL * num_inputs;
                 const char *places[num_parts];
                 // All tiles but the first find the panel in the cache, so that the memory would be idle:
-                // the first two fetch the next panel. With one tile it never is.
-                int64_t ahead = num_tiles > 1 && tile < 2 ? (2 + tile) * LINE * num_steps : 0;
+                // the first two fetch the next panel. One alone fetches what it needs next itself.
+                int is_alone = num_tiles == 1, fetches = !is_alone && tile < 2;
+                int64_t stride = (is_alone ? ALONE : 1) * PIECE * LINE, ahead = 0;
+                if (is_alone) ahead = stride;
+                if (fetches) ahead = (2 + tile) * LINE * num_steps;
                 for (int64_t part = 0; part < num_parts; part++)
-                    places[part] = (const char *)weights + ahead + part * PIECE * LINE;
+                    places[part] = (const char *)weights + ahead + part * stride;
                 if (coming && tile >= 2) {
                     int64_t next = (panel * num_idle + tile - 2) * num_whole_parts;
+                    fetches = next < coming->num;
                     for (int64_t part = 0; part < num_whole_parts && next + part < coming->num; part++)
                         places[part] = coming->pieces[next + part];
                 }
@@ -123,9 +148,9 @@ int product(const scalar *x, const scalar *packed, const scalar *bias, const sca
                 const factor *rows = row < first ? (const factor *)x + row * num_inputs
                                                  : kept + (row - first) * num_inputs;
                 if (num_rows - row <= ROWS / 2)
-                    product_tile(ROWS / 2, rows, num_inputs, weights, places, sums);
+                    product_tile_of(ROWS / 2, rows, num_inputs, weights, places, is_alone, fetches, sums);
                 else
-                    product_tile(ROWS, rows, num_inputs, weights, places, sums);
+                    product_tile_of(ROWS, rows, num_inputs, weights, places, is_alone, fetches, sums);
                 for (int index = 0; index < ROWS && row + index < num_rows; index++)
                     for (int part = 0; part < PANEL / LANES; part++) {
                         int64_t column = panel * PANEL + part * LANES;
