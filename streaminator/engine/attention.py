@@ -5,11 +5,11 @@ It is registered with transformers' `AttentionInterface` under the name "streami
 packed batch and the KV cache reach it as the keyword argument `stream` given to `model(...)`.
 
 Exactness: on a CPU a row's result must not depend, not even in the last bit, on the other rows,
-on padding, or on how many queries its sequence has in this step. Four things see to it: MKL's
+on padding, or on how many queries its sequence has in this step. Five things see to it: MKL's
 strict reproducible mode (set in `model_runner`); queries padded to a multiple of `QUERY_MULTIPLE`
 (where that mode is not to be had, on AMD, products of 1 to 3 rows differ from all others); keys
 read in chunks of `KEY_CHUNK` positions (longer products are split by a rule that depends on their
-padded length); and a fixed order of merging the chunks by their log-sum-exp (FlashAttention, Dao et
+padded length); types of fewer than 32 bits widened; and a fixed order of merging the chunks by their log-sum-exp (FlashAttention, Dao et
 al. 2022, section 3.1). On a GPU `paged_attention` does the work where `paged_trial` found it right.
 
 Shapes: T packed tokens, N query heads, K KV heads, G = N / K, B, Q, L as in `batch`, H head dim.

@@ -251,6 +251,8 @@ def _computes_the_same(
     generator = torch.Generator().manual_seed(index)
     results = []
     fused = FusedLayer(layer, call, kernels, packer)
+    if not fused.can_pack():
+        return False
     fused.pack()
     for forward in (layer, fused, FusedStack([fused])):
         generator.manual_seed(index)

@@ -19,7 +19,7 @@ from streaminator.engine.compile_kernels import KernelsMissingError, compile_lib
 from streaminator.engine.huge_pages import Pages
 
 BLOCK_SIZE = 16
-"""Tokens of a KV block: the kernels read a block's keys as one vector."""
+"""Tokens of a KV block: the kernels read a block's keys as whole vectors."""
 KERNEL_ROW_MULTIPLE = 4
 """Rows of half a tile of `csrc/products.c`: a step's are padded to a multiple."""
 _PANEL = 32

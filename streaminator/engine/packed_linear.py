@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear layers whose weights lie as matrix kernels read them.
 
-On a CPU products of 8 to 64 rows, a stream's, take up to half the time so, in float32 and bfloat16, and
+On a CPU products of 8 to 64 rows, a stream's, take up to half the time so, and
 a row's result does not depend on how many rows there are. That is tried for every shape; one for
 which it does not hold keeps the plain product. The kernels are this project's own on processors with
-AVX2, AVX-512 (`csrc/products.c`) or AMX (`csrc/tiles.c`), elsewhere oneDNN's.
+AVX2, AVX-512 (`csrc/products.c`) or AMX (`csrc/tiles.c`), elsewhere oneDNN's:
+of float32 for types of which the processor has no fast ones, and for float16.
 
 Used by: `model_runner`, `fused_layers`.
 """
@@ -23,8 +24,6 @@ _MORE_ROWS = tuple(num * KERNEL_ROW_MULTIPLE for num in (1, 3, 5))
 """And of the kernels' products."""
 _HINT = 16
 """Rows that oneDNN's layout is chosen for."""
-
-
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -110,14 +109,15 @@ def find_packable(
 def pack_linear(layers: Iterable[torch.nn.Linear], packer: Packer) -> None:
     """Let layers compute with a packed copy of the weights they have now.
 
-    Their own weights stay what `state_dict` gives, so that these layers take twice their memory.
+    Their own weights stay what `state_dict` gives, so that these layers take twice their memory, or three
+    times where products are of more bits.
     """
     for layer in layers:
         layer.forward = packer.pack(layer.weight.detach(), layer.bias)  # type: ignore[method-assign]
 
 
 class _OneDnnProduct:
-    """Of float32 where fewer bits are slow, and a row's sums depend on the batch."""
+    """In float32 where the processor has no fast products of the weights' type."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._dtype = weight.dtype if _has_packed(weight.dtype) else torch.float32

@@ -106,6 +106,25 @@ def test_fused_layers_give_the_text_that_plain_ones_do(
 
 
 @needs_compiler
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_layers_in_bfloat16_are_near_plain_ones_in_float32(name: str, tmp_path: Path) -> None:
+    folder = save(tmp_path, FUSED[name], torch.bfloat16)
+    runner = load(folder, "bfloat16")
+    assert told(runner).endswith("layers are fused")
+    fused, expected = sample(runner), sample(load(folder, packed_linear=False))
+    gaps, num_tokens = [], 0
+    for key, completion in fused.items():
+        num_tokens += len(completion.token_ids)
+        other = expected[key]
+        for index, token in enumerate(completion.token_ids):
+            if token != other.token_ids[index]:
+                break  # another text from here on
+            gaps.append(abs(completion.logprobs[index] - other.logprobs[index]))
+    assert len(gaps) > num_tokens / 3
+    assert sum(gaps) / len(gaps) < 0.1
+
+
+@needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", FUSED)
 def test_a_completion_does_not_depend_on_the_batch_in_either_type(

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from streaminator.speculative import memory_features as features
 from streaminator.speculative.memory import Memory
+from streaminator.speculative.memory_rates import LENGTH, NUM_COLUMNS
 
 SMALL = 1 << 20
 
@@ -101,3 +103,20 @@ def test_a_number_is_repeated_digit_by_digit():
         rates.append(np.mean(hits(memory, str(index), [20, 21, 22], text)[12:16]))
         memory.close(str(index))
     assert np.mean(rates[-100:]) > 0.98
+
+
+def test_each_place_knows_the_last_word_and_number_before_it():
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.1, 0.6, 1.0):
+        numbers = rng.random(40) < share
+        history, state = np.zeros(features.HISTORY_SHAPE, np.int32), np.zeros(NUM_COLUMNS, np.int64)
+        text = rng.integers(0, 40, 700)  # more than is kept
+        for begin in range(0, 700, 7):
+            features.extend(history, state, text[begin : begin + 7], numbers)
+        length = int(state[LENGTH])
+        is_number = numbers[history[:length, 0]]
+        for place in range(1, length):
+            words, parts = (np.flatnonzero(kind[:place]) for kind in (~is_number, is_number))
+            before = int(history[place, 3])
+            assert before & 0xFFFF == (words[-1] + 1 if len(words) else 0)
+            assert before >> 16 == (parts[-1] + 1 if len(parts) else 0)

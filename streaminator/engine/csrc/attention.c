@@ -19,6 +19,8 @@
 #else
 #define SLICE 2
 #endif
+#define LINE_SIZE (LANES * PAIR * (int)sizeof(scalar))
+#define PER_LINE (LINE_SIZE < 64 ? 64 / LINE_SIZE : 1)  // of these vectors in a cache line
 
 // Rows `row` to `row + num` of a sequence's KV head; a KV head has the rows of all its queries, and
 // in each of these of all heads that share it.
@@ -177,7 +179,7 @@ static void attend_tile(const factor *query, float scale, const int64_t *positio
                 index < ahead->num ? ahead->keys + ahead->table[index] * block_stride : value;
             for (int at = 0; at < BLOCK; at += PAIR) {
 #pragma GCC unroll 4
-                for (int part = 0; part < num_parts; part++)
+                for (int part = 0; part < num_parts; part += PER_LINE)
                     __builtin_prefetch(next + at * HEAD_DIM + (from + part * LANES) * PAIR, 0, 2);
 #pragma GCC unroll 4
                 for (int part = 0; part < SLICE; part++) {

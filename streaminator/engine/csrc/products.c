@@ -21,17 +21,19 @@
 #define SUM_ROWS (ROWS / 2)
 #endif
 
-// Add the products of `rows` rows, a constant, with two vectors of `num` inputs of a panel of weights, while
-// lines from `line` on are fetched, if it is given.
+// Add the products of `rows` rows with two vectors of `num` inputs of a panel of weights, while lines from
+// `line` on are fetched, if it is given: one at `every` so many inputs. `rows` and `every` are constants.
 static inline __attribute__((always_inline)) void add_up(const int rows, const factor *x,
                                                          int64_t num_inputs, const scalar *panel,
-                                                         int64_t num, const char *line,
+                                                         int64_t num, const char *line, const int every,
                                                          vec out[ROWS][PANEL / LANES]) {
     vec sums[SUM_ROWS][2];
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++) memcpy(sums[row], out[row], sizeof sums[row]);
+#pragma GCC unroll 2
     for (int64_t at = 0; at < num; at += PAIR, panel += PANEL * PAIR) {
-        if (line) __builtin_prefetch(line + at / PAIR * LINE, 0, 2);
+        if (line && at / PAIR % every == 0)
+            __builtin_prefetch(line + at / PAIR / every * LINE, 0, 2);
         pairs left = pairs_at(panel), right = pairs_at(panel + LANES * PAIR);
 #pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
@@ -45,7 +47,8 @@ static inline __attribute__((always_inline)) void add_up(const int rows, const f
 }
 
 // The products of `rows` rows with a panel of weights, while lines are fetched: at each of `places`
-// `pieces` times PIECE. Both are constants. What is read of the panel meanwhile stays in the nearest cache.
+// `pieces` times PIECE; `rows` and `pieces` are constants. What is read of the panel meanwhile stays in the
+// nearest cache.
 static inline __attribute__((always_inline)) void product_tile(const int rows, const factor *x,
                                                                int64_t num_inputs,
                                                                const scalar *panel,
@@ -53,6 +56,8 @@ static inline __attribute__((always_inline)) void product_tile(const int rows, c
                                                                const int pieces,
                                                                vec out[ROWS][PANEL / LANES]) {
     const int step = rows < SUM_ROWS ? rows : SUM_ROWS;
+    // In all passes alike, since the memory takes its time.
+    const int every = pieces == ALONE ? rows / step : 1;
     memset(out, 0, (size_t)rows * sizeof *out);
     for (int64_t begin = 0; begin < num_inputs; begin += PIECE * PAIR, places++) {
         int64_t left = num_inputs - begin, num = left < PIECE * PAIR ? left : PIECE * PAIR;
@@ -63,8 +68,8 @@ static inline __attribute__((always_inline)) void product_tile(const int rows, c
                 int pass = (part / 2 * rows + row) / step;
                 add_up(step, x + row * num_inputs + begin, num_inputs,
                        panel + begin * PANEL + part * LANES * PAIR, num,
-                       pass < pieces ? *places + pass * PIECE * LINE : NULL,
-                       (vec(*)[PANEL / LANES])(out[row] + part));
+                       pass < pieces * every ? *places + pass * (num / PAIR / every) * LINE : NULL,
+                       every, (vec(*)[PANEL / LANES])(out[row] + part));
             }
     }
 }
@@ -119,11 +124,14 @@ int product(const scalar *x, const scalar *packed, const scalar *bias, const sca
     if (num_kept && !(kept = malloc((size_t)(num_kept * num_inputs) * sizeof *kept))) return 1;
 #pragma omp parallel num_threads(num_threads)
     {
-#pragma omp for
+#pragma omp for nowait
         for (int64_t row = 0; row < num_kept; row++)
             for (int64_t at = 0; at < num_inputs; at++)
                 kept[row * num_inputs + at] =
                     first + row < num_rows ? factor_of(x[(first + row) * num_inputs + at]) : 0;
+        if (num_kept) {
+#pragma omp barrier
+        }
 #pragma omp for
         for (int64_t panel = 0; panel < num_outputs / PANEL; panel++)
             for (int64_t tile = 0; tile < num_tiles; tile++) {

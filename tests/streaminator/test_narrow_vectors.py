@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of processors with narrower vectors than this one's, which runs them as well."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+PRODUCTS = [
+    f"test_packed_linear.py::test_{name}"
+    for name in (
+        "a_packed_layer_computes_what_the_plain_one_does[own-torch.float32-1e-05]",
+        "a_packed_layer_computes_what_the_plain_one_does[own-torch.bfloat16-0.02]",
+        "a_residual_is_added_to_a_product[own-torch.float32-1e-05]",
+        "a_residual_is_added_to_a_product[own-torch.bfloat16-0.03]",
+        "a_row_is_the_same_in_any_batch[own-torch.float32]",
+        "a_row_is_the_same_in_any_batch[own-torch.bfloat16]",
+    )
+]
+LAYERS = [
+    f"test_fused_layers.py::test_{name}"
+    for name in (
+        "fused_layers_in_bfloat16_are_near_plain_ones_in_float32[Llama]",
+        "a_completion_does_not_depend_on_the_batch_in_either_type[Llama-bfloat16]",
+        "fused_layers_give_the_text_that_plain_ones_do[Mistral, window-True]",
+        "a_completion_does_not_depend_on_the_batch_in_either_type[Mistral, window-float32]",
+    )
+]
+SAMPLING = [
+    f"test_sampling_kernel.py::test_{name}"
+    for name in (
+        "equal_logits_are_told_apart_as_in_pytorch",
+        "a_row_has_the_same_bits_alone_and_with_any_number_of_threads",
+    )
+]
+NARROWER = {
+    "-mno-avx512bf16 -mno-amx-bf16": PRODUCTS + LAYERS,
+    "-mno-avx512f -mno-amx-bf16": PRODUCTS + LAYERS + SAMPLING,
+    "-mno-avx -mno-amx-bf16": LAYERS + SAMPLING,  # there products are oneDNN's
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86 compilers")
+@pytest.mark.parametrize("flags", NARROWER)
+def test_kernels_of_narrower_vectors_are_exact(flags: str, tmp_path: Path) -> None:
+    compiler = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if compiler is None:
+        pytest.skip("no C compiler")
+    command = [compiler, *flags.split(), "-march=native", "-fsyntax-only", "-x", "c", os.devnull]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip(f"{compiler} does not know {flags}")
+    env = os.environ | {"CC": f"{compiler} {flags}", "XDG_CACHE_HOME": str(tmp_path)}
+    tests = [str(HERE / name) for name in NARROWER[flags]]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        env=env, cwd=HERE.parents[1], capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout, done.stdout[-2000:]
+    assert list((tmp_path / "streaminator").glob("kernels-*.so")), "nothing was compiled"
