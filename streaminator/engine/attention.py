@@ -9,8 +9,9 @@ on padding, or on how many queries its sequence has in this step. Five things se
 strict reproducible mode (set in `model_runner`); queries padded to a multiple of `QUERY_MULTIPLE`
 (where that mode is not to be had, on AMD, products of 1 to 3 rows differ from all others); keys
 read in chunks of `KEY_CHUNK` positions (longer products are split by a rule that depends on their
-padded length); types of fewer than 32 bits widened; and a fixed order of merging the chunks by their log-sum-exp (FlashAttention, Dao et
-al. 2022, section 3.1). On a GPU `paged_attention` does the work where `paged_trial` found it right.
+padded length); types of fewer than 32 bits widened; and a fixed order of merging the chunks by
+their log-sum-exp (FlashAttention, Dao et al. 2022, section 3.1). On a GPU `paged_attention` does
+the work where `paged_trial` found it right.
 
 Shapes: T packed tokens, N query heads, K KV heads, G = N / K, B, Q, L as in `batch`, H head dim.
 """

@@ -74,7 +74,7 @@ def _before_after(history: Rows, place: int, numbers: NDArray[np.bool_]) -> int:
 @jit_inline
 def _word_before(history: Rows, place: int) -> int:
     """Where the last word before a place stood; -1: nowhere."""
-    return (np.int64(history[max(place, 0), _BEFORE]) & _LOW_BITS) - 1 if place >= 0 else -1
+    return (np.int64(history[nth(place), _BEFORE]) & _LOW_BITS) - 1 if place >= 0 else -1
 
 
 @jit_inline
@@ -233,8 +233,8 @@ def find_features(
     place = (before & _LOW_BITS) - 1
     next_place = _word_before(history, place)
     last_place = _word_before(history, next_place)
-    second = np.int64(history[nth(max(next_place, 0)), _TEXT]) if next_place >= 0 else -1
-    third = np.int64(history[nth(max(last_place, 0)), _TEXT]) if last_place >= 0 else -1
+    second = np.int64(history[nth(next_place), _TEXT]) if next_place >= 0 else -1
+    third = np.int64(history[nth(last_place), _TEXT]) if last_place >= 0 else -1
     # What followed where the last token, the last two tokens stood before.
     after_one = after_two = -1
     at = np.int64(history[newest, _LINK]) >> 2

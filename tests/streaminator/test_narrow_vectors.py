@@ -3,12 +3,14 @@
 
 import os
 import platform
-import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from streaminator.engine.compile_kernels import KernelsMissingError, _compiler
 
 HERE = Path(__file__).parent
 LAYERS = [
@@ -42,10 +44,12 @@ def test_kernels_of_narrower_vectors_are_exact(feature: str, tmp_path: Path) -> 
     if cpu.exists() and f" {feature} " not in cpu.read_text(encoding="utf-8"):
         pytest.skip(f"this processor has no {feature}: all tests run what this one would")
     flags = NARROWER[feature]
-    compiler = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
-    if compiler is None:
-        pytest.skip("no C compiler")
-    command = [compiler, *flags.split(), "-march=native", "-fsyntax-only", "-x", "c", os.devnull]
+    try:
+        compiler = shlex.join(_compiler())
+    except KernelsMissingError as error:
+        pytest.skip(f"no compiled kernels: {error}")
+    options = "-march=native -fsyntax-only -x c"
+    command = shlex.split(f"{compiler} {flags} {options} {os.devnull}")
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip(f"{compiler} does not know {flags}")
     env = os.environ | {"CC": f"{compiler} {flags}", "XDG_CACHE_HOME": str(tmp_path)}

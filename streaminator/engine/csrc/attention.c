@@ -19,8 +19,8 @@
 #else
 #define SLICE 2
 #endif
-#define LINE_SIZE (LANES * PAIR * (int)sizeof(scalar))
-#define PER_LINE (LINE_SIZE < 64 ? 64 / LINE_SIZE : 1)  // of these vectors in a cache line
+#define PART_SIZE (LANES * PAIR * (int)sizeof(scalar))
+#define PER_LINE (PART_SIZE < LINE ? LINE / PART_SIZE : 1)  // of these vectors in a cache line
 
 // Rows `row` to `row + num` of a sequence's KV head; a KV head has the rows of all its queries, and
 // in each of these of all heads that share it.

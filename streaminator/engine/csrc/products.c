@@ -8,18 +8,16 @@
 
 #include "products.h"
 
-#ifdef __AVX512F__
-#define ALONE 0
-#else
-#define ALONE 2  // pieces that one tile alone fetches; with whole panels the processor does so itself
-#endif
-#define IS_CONVERTED (sizeof(factor) != sizeof(scalar))
-// Rows whose sums with two vectors of outputs fill the processor's registers.
+// Rows whose sums with two vectors of outputs fill the processor's registers, and pieces that one tile alone
+// fetches: where two vectors are a whole panel, the processor does so itself.
 #ifdef __AVX512F__
 #define SUM_ROWS ROWS
+#define ALONE 0
 #else
 #define SUM_ROWS (ROWS / 2)
+#define ALONE 2
 #endif
+#define IS_CONVERTED (sizeof(factor) != sizeof(scalar))
 
 // Add the products of `rows` rows with two vectors of `num` inputs of a panel of weights, while lines from
 // `line` on are fetched, if it is given: one at `every` so many inputs. `rows` and `every` are constants.

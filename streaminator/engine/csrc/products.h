@@ -4,7 +4,6 @@
 
 #include "vectors.h"
 
-#define LINE 64    // bytes of a cache line
 #define PIECE 128  // lines that are fetched from one place
 #define ROWS 8     // rows that a tile of a product has
 #define PANEL 32   // and its outputs

@@ -21,6 +21,8 @@
 #define LANES 4
 #endif
 
+#define LINE 64  // bytes of a cache line
+
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
