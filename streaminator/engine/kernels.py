@@ -97,6 +97,8 @@ class Kernels:
         self._library = _load(dtype == torch.bfloat16, head_dim)
         self._num_threads = torch.get_num_threads()
         self._has_products = bool(self._library.are_products_fast())
+        self.rows_at_once: int = self._library.rows_at_once()
+        """Rows for which a product takes as long as for fewer of them."""
 
     def has_product(self, num_outputs: int, num_inputs: int) -> bool:
         """Whether there is a product for weights of this shape, and it is fast here."""

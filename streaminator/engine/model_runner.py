@@ -197,6 +197,11 @@ class ModelRunner:
         """Packed rows are padded to this many."""
         return self._fused.row_multiple if self._fused else ROW_MULTIPLE
 
+    @property
+    def rows_at_once(self) -> int:
+        """Packed rows for which a forward takes about as long as for fewer of them."""
+        return max(self.row_multiple, self.kernels.rows_at_once if self.kernels else 1)
+
     def clear(self, cache: KVCache, blocks: list[int]) -> None:
         """See to it that nothing is left of the last owners of blocks that are handed out anew."""
         # Fused layers do it where they begin a block; paged attention reads what was written only.

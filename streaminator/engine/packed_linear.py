@@ -4,7 +4,7 @@
 On a CPU products of 8 to 64 rows, a stream's, take up to half the time so, and
 a row's result does not depend on how many rows there are. That is tried for every shape; one for
 which it does not hold keeps the plain product. The kernels are this project's own on processors with
-AVX2, AVX-512 (`csrc/products.c`) or AMX (`csrc/tiles.c`), elsewhere oneDNN's:
+AVX2, AVX-512 (`csrc/products.c`) or AMX (`csrc/product_tiles.c`), elsewhere oneDNN's:
 of float32 for types of which the processor has no fast ones, and for float16.
 
 Used by: `model_runner`, `fused_layers`.

@@ -4,7 +4,7 @@
 MKL on Intel needs its strict mode for that, which it reads at its first call and which costs nothing
 from about 8 rows on. On AMD that mode is not to be had (asking for it makes small products differ),
 and without it products of 4 rows or more agree. oneDNN with AMX builds up a row's sums otherwise for
-other numbers of rows, so it is kept to AVX-512; `csrc/tiles.c` uses AMX. A mixture's experts get whatever
+other numbers of rows, so it is kept to AVX-512; `csrc/product_tiles.c` uses AMX. A mixture's experts get whatever
 rows there are: there each row is a product of its own.
 
 Used by: `model_runner`; `jobs.engines`, which spares others what is set here.

@@ -67,7 +67,7 @@ def measure_step_costs(
     def step(num_tokens: int) -> float:
         return _step(runner, cache, sampling, num_tokens, stream_width, num_top, context)
 
-    multiple = size = runner.row_multiple
+    multiple = size = runner.rows_at_once
     if not known:
         step(size)  # the first one of all allocates and compiles
     seconds: dict[int, float] = {}

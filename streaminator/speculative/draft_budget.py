@@ -60,7 +60,7 @@ class StepCosts:
     Args:
         sizes: packed tokens, rising.
         seconds: what a step of each size takes.
-        multiple: packed tokens are padded to this many.
+        multiple: a step takes as long as if its packed tokens were padded to this many.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class StepCosts:
         self.are_free = False
         """Whether a wider forward costs nothing, whatever is observed."""
         self.multiple = multiple
-        """Packed tokens are padded to this many."""
+        """A step takes as long as if its packed tokens were padded to this many."""
         self.max_tokens = int(sizes[-1])
         """The largest size measured."""
         # Beyond the largest size it goes on as it did between the last two.

@@ -33,7 +33,7 @@ FUSED = {
     "Llama, wide": transformers.LlamaConfig(**(SIZES | WIDE)),
     "Llama with biases": transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "Qwen2": transformers.Qwen2Config(**SIZES),
-    "Qwen3": transformers.Qwen3Config(**SIZES),
+    "Qwen3": transformers.Qwen3Config(**(SIZES | {"head_dim": 48})),
     "Mistral, window": transformers.MistralConfig(**SIZES, sliding_window=20),
 }
 OTHERS = {

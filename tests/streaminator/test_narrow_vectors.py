@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of processors with narrower vectors than this one's, which runs them as well."""
+"""The kernels of processors with narrower vectors than this one's, or no tile unit, which runs them as well."""
 
 import os
 import platform
@@ -30,6 +30,7 @@ SAMPLING = [
     )
 ]
 NARROWER = {
+    "amx_bf16": "-mno-amx-bf16",
     "avx512_bf16": "-mno-avx512bf16 -mno-amx-bf16",
     "avx512f": "-mno-avx512f -mno-amx-bf16",
     "avx": "-mno-avx -mno-amx-bf16",  # products are oneDNN's
@@ -39,7 +40,7 @@ NARROWER = {
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86 compilers")
 @pytest.mark.parametrize("feature", NARROWER)
-def test_kernels_of_narrower_vectors_are_exact(feature: str, tmp_path: Path) -> None:
+def test_kernels_of_lesser_processors_are_exact(feature: str, tmp_path: Path) -> None:
     cpu = Path("/proc/cpuinfo")
     if cpu.exists() and f" {feature} " not in cpu.read_text(encoding="utf-8"):
         pytest.skip(f"this processor has no {feature}: all tests run what this one would")

@@ -7,12 +7,14 @@
 // batch. Rows are padded to whole tiles, a row's keys are read in the order of their blocks, and
 // keys it may not see add exact zeros.
 //
+// Where there is a tile unit it does the multiplying (`attention_tiles.c`).
+//
 // Speed: few rows share a key, so that it is read as fast as the memory is, or waited for. While a task
 // reads its keys, its values are fetched; while it reads these, the keys of the next one.
 
 #include "attention.h"
 
-#define TILE 4        // rows that share what is loaded of keys and values
+#define TILE 4        // rows that share what is loaded of keys and values, without the tile unit
 #define TASK_ROWS 32  // rows of one KV head that a thread takes at a time
 #ifdef __AVX512F__
 #define SLICE 4  // vectors of a value that are summed up in registers
@@ -92,30 +94,27 @@ static void clear_behind(scalar *values, int64_t at) {
     memset(rest, 0, (size_t)(values + BLOCK * HEAD_DIM - rest) * sizeof *rest);
 }
 
-// Keys that are read next: fetched while this task's values are read.
-typedef struct {
-    const scalar *keys;
-    const int64_t *table;  // [num] blocks
-    int64_t num;
-} Ahead;
-
-// TILE rows of one KV head. `query` [HEAD_DIM / PAIR, TILE, PAIR]; `out` a pointer for each row.
-static void attend_tile(const factor *query, float scale, const int64_t *positions,
-                        const scalar *keys, const scalar *values, int64_t block_stride,
-                        const int64_t *table, const scalar *own_key, const scalar *own_value,
-                        int64_t own_block, int64_t window, float *scores, int64_t score_stride,
-                        const Ahead *ahead, scalar **out) {
-    int64_t first = positions[0] - window + 1, last = positions[0];
-    for (int row = 1; row < TILE; row++) {
-        if (positions[row] > last) last = positions[row];
-        if (positions[row] - window + 1 < first) first = positions[row] - window + 1;
+// At most TILE rows of one KV head.
+static void attend_tile(const Tile *tile, Room *room) {
+    const int num = tile->num;
+    const float scale = tile->scale;
+    const int64_t window = tile->window, stride = room->stride;
+    float *scores = room->scores;
+    // A tile that is not full computes its last row several times.
+    factor query[HEAD_DIM * TILE];  // [HEAD_DIM / PAIR, TILE, PAIR]
+    int64_t positions[TILE], begin, end;
+    for (int row = 0; row < TILE; row++) {
+        int here = row < num ? row : num - 1;
+        positions[row] = tile->positions[here];
+        for (int dim = 0; dim < HEAD_DIM; dim++)
+            query[(dim / PAIR * TILE + row) * PAIR + dim % PAIR] =
+                factor_of(tile->queries[here * HEAD_DIM + dim]);
     }
-    int64_t begin = first > 0 ? first / BLOCK : 0, end = last / BLOCK + 1;
+    span_seen(tile, &begin, &end);
     vec most[TILE];
     for (int row = 0; row < TILE; row++) most[row] = spread(-INFINITY);
     for (int64_t block = begin; block < end; block++) {
-        const scalar *key = block == own_block ? own_key : keys + table[block] * block_stride;
-        const scalar *value = values + table[block] * block_stride;
+        const scalar *key = keys_of(tile, block), *value = values_of(tile, block);
         for (int from = 0; from < BLOCK; from += LANES) {
             vec even[TILE], odd[TILE];
 #pragma GCC unroll 4
@@ -136,32 +135,17 @@ static void attend_tile(const factor *query, float scale, const int64_t *positio
             }
 #pragma GCC unroll 4
             for (int row = 0; row < TILE; row++) {
-                vec sum = (even[row] + odd[row]) * scale;
-                int64_t ahead = positions[row] - block * BLOCK, behind = ahead - window;
-                if (ahead < BLOCK - 1 || behind >= 0) {
-                    ints lanes = numbered() + from;
-                    ints seen = lanes <= (int32_t)(ahead < BLOCK ? ahead : BLOCK);
-                    seen &= lanes > (int32_t)(behind < -1 ? -1 : behind > BLOCK ? BLOCK : behind);
-                    sum = choose(seen, sum, spread(-INFINITY));
-                }
+                int64_t first = block * BLOCK + from;
+                vec sum = masked((even[row] + odd[row]) * scale, positions[row], window, first);
                 most[row] = larger(sum, most[row]);
-                storef(scores + row * score_stride + (block - begin) * BLOCK + from, sum);
+                storef(scores + row * stride + first - begin * BLOCK, sum);
             }
         }
     }
     // A row's weights take the place of its scores, as factors.
     float scales[TILE];
-    for (int row = 0; row < TILE; row++) {
-        float *line = scores + row * score_stride, top = largest_of(most[row]);
-        factor *weights = (factor *)line;
-        vec total = {0};
-        for (int64_t at = 0; at < (end - begin) * BLOCK; at += LANES) {
-            vec weight = rounded(exp_of(loadf(line + at) - top));
-            total += weight;
-            store_factors(weights + at, weight);
-        }
-        scales[row] = 1 / sum_of(total);
-    }
+    for (int row = 0; row < TILE; row++)
+        scales[row] = weigh(scores + row * stride, (end - begin) * BLOCK, largest_of(most[row]));
     for (int from = 0; from < HEAD_DIM; from += SLICE * LANES) {
         const int num_parts = (HEAD_DIM - from) / LANES < SLICE ? (HEAD_DIM - from) / LANES : SLICE;
         vec sums[TILE][SLICE];
@@ -170,13 +154,9 @@ static void attend_tile(const factor *query, float scale, const int64_t *positio
 #pragma GCC unroll 4
             for (int part = 0; part < SLICE; part++) sums[row][part] = (vec){0};
         for (int64_t block = begin; block < end; block++) {
-            const scalar *value =
-                block == own_block ? own_value : values + table[block] * block_stride;
+            const scalar *value = values_of(tile, block), *next = next_of(tile, block - begin, value);
             const factor *weights = (const factor *)scores + (block - begin) * BLOCK;
-            const int64_t weight_stride = score_stride * (int64_t)(sizeof *scores / sizeof *weights);
-            int64_t index = block - begin;
-            const scalar *next =
-                index < ahead->num ? ahead->keys + ahead->table[index] * block_stride : value;
+            const int64_t weight_stride = stride * (int64_t)(sizeof *scores / sizeof *weights);
             for (int at = 0; at < BLOCK; at += PAIR) {
 #pragma GCC unroll 4
                 for (int part = 0; part < num_parts; part += PER_LINE)
@@ -196,52 +176,55 @@ static void attend_tile(const factor *query, float scale, const int64_t *positio
         for (int row = 0; row < TILE; row++)
 #pragma GCC unroll 4
             for (int part = 0; part < SLICE; part++)
-                if (part < num_parts)
-                    store(out[row] + from + part * LANES, sums[row][part] * scales[row]);
+                if (part < num_parts && row < num)
+                    store(tile->out[row] + from + part * LANES, sums[row][part] * scales[row]);
     }
 }
 
 static void attend_rows(const scalar *qkv, const scalar *cosine, const scalar *sine,
                         const scalar *keys, const scalar *values, scalar *out, const Shape *shape,
-                        const Lines *lines, const Task *task, const Ahead *ahead, float *scores,
-                        int64_t score_stride) {
+                        const Lines *lines, const Task *task, const Ahead *ahead, Room *room) {
     int64_t sequence = task->sequence, kv_head = task->kv_head;
     int64_t group = shape->num_heads / shape->num_kv_heads;
     int64_t width = (shape->num_heads + 2 * shape->num_kv_heads) * HEAD_DIM;
     int64_t head_size = BLOCK * HEAD_DIM, block_stride = shape->num_kv_heads * head_size;
     int64_t start = lines->starts[sequence], first = lines->firsts[sequence];
-    const int64_t *table = lines->tables + sequence * lines->table_width;
-    scalar own_key[BLOCK * HEAD_DIM], own_value[BLOCK * HEAD_DIM];
-    int64_t own_block = -1;
-    keys += kv_head * head_size;
-    values += kv_head * head_size;
+    Tile tile;
+    tile.scale = shape->scale;
+    tile.window = shape->window;
+    tile.keys = keys + kv_head * head_size;
+    tile.values = values + kv_head * head_size;
+    tile.block_stride = block_stride;
+    tile.table = lines->tables + sequence * lines->table_width;
+    tile.own_block = -1;
+    tile.ahead = ahead;
     if (sequence >= lines->num_sequences - lines->num_own) {
         scalar turned[HEAD_DIM];
         const scalar *key = qkv + start * width + (shape->num_heads + kv_head) * HEAD_DIM;
-        own_block = first / BLOCK;
-        memcpy(own_key, keys + table[own_block] * block_stride, sizeof own_key);
-        memcpy(own_value, values + table[own_block] * block_stride, sizeof own_value);
+        int64_t block = first / BLOCK;
+        memcpy(tile.own_key, keys_of(&tile, block), sizeof tile.own_key);
+        memcpy(tile.own_value, values_of(&tile, block), sizeof tile.own_value);
+        tile.own_block = block;
         rotated(key, shape->k_norm, shape->eps, cosine + start * HEAD_DIM, sine + start * HEAD_DIM,
                 turned);
-        put(turned, key + shape->num_kv_heads * HEAD_DIM, own_key, own_value, first % BLOCK);
+        put(turned, key + shape->num_kv_heads * HEAD_DIM, tile.own_key, tile.own_value,
+            first % BLOCK);
     }
-    for (int64_t done = 0; done < task->num; done += TILE) {
-        factor query[HEAD_DIM * TILE];
-        int64_t positions[TILE];
-        scalar *to[TILE], turned[HEAD_DIM];
-        for (int index = 0; index < TILE; index++) {
-            // A tile that is not full computes its last row several times.
-            int64_t here = task->row + (done + index < task->num ? done + index : task->num - 1);
+    const int most = attends_by_unit() ? TILE_ROWS : TILE;
+    for (int64_t done = 0; done < task->num; done += most) {
+        tile.num = (int)(task->num - done < most ? task->num - done : most);
+        for (int index = 0; index < tile.num; index++) {
+            int64_t here = task->row + done + index;
             int64_t at = start + here / group, head = kv_head * group + here % group;
             rotated(qkv + at * width + head * HEAD_DIM, shape->q_norm, shape->eps,
-                    cosine + at * HEAD_DIM, sine + at * HEAD_DIM, turned);
-            for (int dim = 0; dim < HEAD_DIM; dim++)
-                query[(dim / PAIR * TILE + index) * PAIR + dim % PAIR] = factor_of(turned[dim]);
-            positions[index] = first + here / group;
-            to[index] = out + (at * shape->num_heads + head) * HEAD_DIM;
+                    cosine + at * HEAD_DIM, sine + at * HEAD_DIM, tile.queries + index * HEAD_DIM);
+            tile.positions[index] = first + here / group;
+            tile.out[index] = out + (at * shape->num_heads + head) * HEAD_DIM;
         }
-        attend_tile(query, shape->scale, positions, keys, values, block_stride, table, own_key,
-                    own_value, own_block, shape->window, scores, score_stride, ahead, to);
+        if (attends_by_unit())
+            attend_by_unit(&tile, room);
+        else
+            attend_tile(&tile, room);
     }
 }
 
@@ -254,7 +237,9 @@ int attend(const scalar *qkv, const scalar *cosine, const scalar *sine, scalar *
            scalar *values, scalar *out, const Shape *shape, const Lines *lines, int num_threads) {
     int64_t kv_heads = shape->num_kv_heads;
     int64_t width = (shape->num_heads + 2 * kv_heads) * HEAD_DIM, head_size = BLOCK * HEAD_DIM;
-    int64_t num_tasks = 0, score_stride = lines->table_width * BLOCK;
+    int64_t num_tasks = 0;
+    // An odd number of lines: else rows may lie in the same places of a cache.
+    int64_t score_stride = (lines->table_width | 1) * BLOCK;
     int failed = 0;
     int64_t *until = malloc((size_t)lines->num_sequences * sizeof *until);
     if (!until) return 1;
@@ -264,8 +249,9 @@ int attend(const scalar *qkv, const scalar *cosine, const scalar *sine, scalar *
     }
 #pragma omp parallel num_threads(num_threads) reduction(| : failed)
     {
-        float *scores = malloc((size_t)(TILE * score_stride) * sizeof *scores);
-        failed = !scores;
+        int num_rows = attends_by_unit() ? TILE_ROWS : TILE;
+        Room room = {malloc((size_t)(num_rows * score_stride) * sizeof(float)), score_stride, 0};
+        failed = !room.scores;
 #pragma omp for
         for (int64_t row = 0; row < lines->num_written; row++) {
             int64_t slot = lines->slots[row], block = slot / BLOCK, offset = slot % BLOCK;
@@ -292,11 +278,11 @@ int attend(const scalar *qkv, const scalar *cosine, const scalar *sine, scalar *
                 Span span = span_of(lines, shape, next.sequence);
                 ahead = (Ahead){keys + next.kv_head * head_size, span.table, span.num};
             }
-            if (scores)
-                attend_rows(qkv, cosine, sine, keys, values, out, shape, lines, &task, &ahead,
-                            scores, score_stride);
+            if (room.scores)
+                attend_rows(qkv, cosine, sine, keys, values, out, shape, lines, &task, &ahead, &room);
         }
-        free(scores);
+        leave_unit(&room);
+        free(room.scores);
     }
     free(until);
     return failed;

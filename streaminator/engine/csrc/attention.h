@@ -5,7 +5,7 @@
 // Layouts, for K KV heads: a block of keys [K, HEAD_DIM / PAIR, BLOCK, PAIR], of values [K, BLOCK /
 // PAIR, HEAD_DIM, PAIR].
 
-#include "vectors.h"
+#include "tiles.h"
 
 #if BLOCK % LANES || HEAD_DIM % LANES
 #error "a block is whole vectors of keys, a head whole vectors"
@@ -43,6 +43,89 @@ static Span span_of(const Lines *lines, const Shape *shape, int64_t sequence) {
     int64_t end = (first + lines->counts[sequence] - 1) / BLOCK + 1;
     return (Span){lines->tables + sequence * lines->table_width + begin, end - begin};
 }
+
+// Keys that are read next: fetched while this task's values are read.
+typedef struct {
+    const scalar *keys;
+    const int64_t *table;  // [num] blocks
+    int64_t num;
+} Ahead;
+
+// Rows of one KV head that share what is loaded of keys and values, at most TILE_ROWS.
+typedef struct {
+    int num;
+    int64_t positions[TILE_ROWS];
+    scalar queries[TILE_ROWS * HEAD_DIM], *out[TILE_ROWS];
+    float scale;
+    int64_t window;
+    const scalar *keys, *values;  // of the KV head in the first block
+    int64_t block_stride;
+    const int64_t *table;
+    int64_t own_block;  // -1: none
+    scalar own_key[BLOCK * HEAD_DIM], own_value[BLOCK * HEAD_DIM];
+    const Ahead *ahead;
+} Tile;
+
+// What a thread works in.
+typedef struct {
+    float *scores;  // a row for each of a tile
+    int64_t stride;
+    int tile_rows;  // the tile unit is set to; 0: it is not
+} Room;
+
+static inline const scalar *keys_of(const Tile *tile, int64_t block) {
+    return block == tile->own_block ? tile->own_key
+                                    : tile->keys + tile->table[block] * tile->block_stride;
+}
+
+static inline const scalar *values_of(const Tile *tile, int64_t block) {
+    return block == tile->own_block ? tile->own_value
+                                    : tile->values + tile->table[block] * tile->block_stride;
+}
+
+// The blocks that a tile's rows see; a row's keys in them that it may not see have no weight.
+static inline void span_seen(const Tile *tile, int64_t *begin, int64_t *end) {
+    int64_t first = tile->positions[0] - tile->window + 1, last = tile->positions[0];
+    for (int row = 1; row < tile->num; row++) {
+        if (tile->positions[row] > last) last = tile->positions[row];
+        if (tile->positions[row] - tile->window + 1 < first)
+            first = tile->positions[row] - tile->window + 1;
+    }
+    *begin = first > 0 ? first / BLOCK : 0;
+    *end = last / BLOCK + 1;
+}
+
+// What is fetched while a block of values is read: `index` counts from the first one.
+static inline const scalar *next_of(const Tile *tile, int64_t index, const scalar *value) {
+    const Ahead *ahead = tile->ahead;
+    return index < ahead->num ? ahead->keys + ahead->table[index] * tile->block_stride : value;
+}
+
+// Scores of the keys from `first` on, -inf for those that a row at `position` may not see.
+static inline vec masked(vec scores, int64_t position, int64_t window, int64_t first) {
+    int64_t ahead = position - first, behind = ahead - window;
+    if (ahead >= LANES - 1 && behind < 0) return scores;
+    ints seen = numbered() <= (int32_t)(ahead < LANES ? ahead : LANES);
+    seen &= numbered() > (int32_t)(behind < -1 ? -1 : behind > LANES ? LANES : behind);
+    return choose(seen, scores, spread(-INFINITY));
+}
+
+// A row's weights, as factors, in the place of its `num` scores; returns what their sums are multiplied with.
+static inline float weigh(float *scores, int64_t num, float most) {
+    factor *weights = (factor *)scores;
+    vec total = {0};
+    for (int64_t at = 0; at < num; at += LANES) {
+        vec weight = rounded(exp_of(loadf(scores + at) - most));
+        total += weight;
+        store_factors(weights + at, weight);
+    }
+    return 1 / sum_of(total);
+}
+
+// Attention of a tile's rows by the tile unit (`attention_tiles.c`); who has called it leaves the unit.
+static inline int attends_by_unit(void) { return TILES && BLOCK == TILE_ROWS && has_tiles(); }
+void attend_by_unit(const Tile *tile, Room *room);
+void leave_unit(Room *room);
 
 int attend(const scalar *qkv, const scalar *cosine, const scalar *sine, scalar *keys,
            scalar *values, scalar *out, const Shape *shape, const Lines *lines, int num_threads);

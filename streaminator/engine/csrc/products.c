@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Matrix products of few rows with weights that are packed for them, on a CPU with AVX2 or AVX-512;
-// `tiles.c` has those of a CPU with AMX. Compiled by `compile_kernels.py` for one type of weights: -DBF16=0|1.
+// `product_tiles.c` has those of a CPU with AMX. Compiled by `compile_kernels.py` for one type of weights: -DBF16=0|1.
 //
 // Exactness: a row's sums are built up input by input, by the same instructions in any batch; the
 // last tile, of ROWS or half as many, is filled with rows that are not stored.
@@ -100,6 +100,9 @@ int are_products_fast(void) {
     return 0;
 #endif
 }
+
+// Rows for which a product takes as long as for fewer of them.
+int rows_at_once(void) { return has_tiles() ? TILE_ROWS : ROWS / 2; }
 
 // x [num_rows, num_inputs] -> [num_rows, num_outputs], plus bias [num_outputs] and residual
 // [num_rows, num_outputs], which may be `out`, where there are such. Returns 0, or 1 when there is no memory.

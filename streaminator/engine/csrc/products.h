@@ -2,7 +2,7 @@
 //
 // What `layers.c` uses of `products.c`.
 
-#include "vectors.h"
+#include "tiles.h"
 
 #define PIECE 128  // lines that are fetched from one place
 #define ROWS 8     // rows that a tile of a product has
@@ -15,9 +15,6 @@ typedef struct {
     int64_t num;
 } Coming;
 
-// Whether `tile_product` is there (`tiles.c`), which takes the place of `product` for multiples of DEPTH inputs.
-int has_tiles(void);
-
 // Add bias [columns] and residual, where there are such, to a vector of sums, and store it.
 static inline void finish(vec sum, const scalar *bias, const scalar *residual, scalar *out,
                           int64_t column, int64_t at) {
@@ -26,6 +23,7 @@ static inline void finish(vec sum, const scalar *bias, const scalar *residual, s
     store(out + at, sum);
 }
 
+// Takes the place of `product` for multiples of DEPTH inputs where `has_tiles`.
 int tile_product(const scalar *x, const scalar *packed, const scalar *bias, const scalar *residual,
                  scalar *out, int64_t num_rows, int64_t num_outputs, int64_t num_inputs,
                  int num_threads);
