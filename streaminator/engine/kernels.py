@@ -97,12 +97,14 @@ class Kernels:
         self._library = _load(dtype == torch.bfloat16, head_dim)
         self._num_threads = torch.get_num_threads()
         self._has_products = bool(self._library.are_products_fast())
-        self.rows_at_once: int = self._library.rows_at_once()
-        """Rows for which a product takes as long as for fewer of them."""
 
     def has_product(self, num_outputs: int, num_inputs: int) -> bool:
         """Whether there is a product for weights of this shape, and it is fast here."""
         return self._has_products and num_outputs % _PANEL == 0 and num_inputs % 2 == 0
+
+    def rows_at_once(self, num_inputs: int) -> int:
+        """Rows for which a product takes about as long as for fewer of them."""
+        return self._library.rows_at_once(num_inputs)
 
     def product(
         self, weight: torch.Tensor, bias: torch.Tensor | None, pages: Pages
@@ -312,6 +314,7 @@ def _load(is_bf16: bool, head_dim: int) -> Any:
     library.room_of.argtypes, library.room_of.restype = (pointer,), integer
     library.pack_weight.argtypes = (*(pointer,) * 2, integer, integer)
     library.product.argtypes = (*(pointer,) * 5, *(integer,) * 3, pointer, number)
+    library.rows_at_once.argtypes = (integer,)
     library.sample.argtypes = (*(pointer,) * 7, integer, pointer, number)
     for procedure in (library.rms_norm, library.silu_mul, library.pack_weight):
         procedure.restype = None

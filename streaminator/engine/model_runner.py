@@ -200,7 +200,7 @@ class ModelRunner:
     @property
     def rows_at_once(self) -> int:
         """Packed rows for which a forward takes about as long as for fewer of them."""
-        return max(self.row_multiple, self.kernels.rows_at_once if self.kernels else 1)
+        return self._fused.rows_at_once if self._fused else ROW_MULTIPLE
 
     def clear(self, cache: KVCache, blocks: list[int]) -> None:
         """See to it that nothing is left of the last owners of blocks that are handed out anew."""

@@ -20,7 +20,7 @@ from streaminator.engine.kernels import KERNEL_ROW_MULTIPLE, Kernels
 
 _ROWS = (8, 16, 24, 32, 48, 64, 96, 136, 264)
 """Sizes of the batches that are tried."""
-_MORE_ROWS = tuple(num * KERNEL_ROW_MULTIPLE for num in (1, 3, 5))
+_MORE_ROWS = tuple(num * KERNEL_ROW_MULTIPLE for num in (1, 3, 5, 14))
 """And of the kernels' products."""
 _HINT = 16
 """Rows that oneDNN's layout is chosen for."""

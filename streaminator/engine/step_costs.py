@@ -72,7 +72,9 @@ def measure_step_costs(
         step(size)  # the first one of all allocates and compiles
     seconds: dict[int, float] = {}
     last = 0.0
-    while not seconds or (size < 2 * most and (last < _SLOW or size < 2 * stream_width)):
+    while not seconds or (
+        (len(seconds) < 2 or size < 2 * most) and (last < _SLOW or size < 2 * stream_width)
+    ):
         taken = known.get(size) or _try(step, size, is_needed=not seconds)
         if taken is None:
             break

@@ -75,6 +75,13 @@ def test_padding_is_filled_because_it_costs_nothing() -> None:
     assert lengths(budget.cut(survival, 1, 1)) == [7]
 
 
+def test_drafts_fill_whole_tiles_or_none() -> None:
+    costs = StepCosts([16, 32, 64], [1.0, 1.3, 1.9], multiple=16)
+    drafts = [[0.5]] * 16 + [[0.45]] * 4
+    assert DraftBudget(costs).cut(chains(*drafts), 16, 16).sum() == 16
+    assert DraftBudget(costs).cut(chains(*drafts[:8]), 16, 16).sum() == 0
+
+
 def test_free_steps_verify_everything() -> None:
     survival = chains(likely(8), [], [0.01])
     assert lengths(DraftBudget(StepCosts.free()).cut(survival, 3, 3)) == [8, 0, 1]

@@ -32,9 +32,9 @@ FUSED = {
     "Llama": transformers.LlamaConfig(**SIZES),
     "Llama, wide": transformers.LlamaConfig(**(SIZES | WIDE)),
     "Llama with biases": transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
-    "Qwen2": transformers.Qwen2Config(**SIZES),
+    "Qwen2": transformers.Qwen2Config(**(SIZES | {"head_dim": 64})),
     "Qwen3": transformers.Qwen3Config(**(SIZES | {"head_dim": 48})),
-    "Mistral, window": transformers.MistralConfig(**SIZES, sliding_window=20),
+    "Mistral, window": transformers.MistralConfig(**(SIZES | {"head_dim": 16}), sliding_window=20),
 }
 OTHERS = {
     "Granite": transformers.GraniteConfig(**SIZES, residual_multiplier=0.5),

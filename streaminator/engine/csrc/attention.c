@@ -4,7 +4,7 @@
 // for one type of weights and one head dim: -DBF16=0|1 -DHEAD_DIM=... -DBLOCK=16.
 //
 // Exactness: a row is computed by the same instructions in the same order whatever else is in the
-// batch. Rows are padded to whole tiles, a row's keys are read in the order of their blocks, and
+// batch. By vectors, rows are padded to whole tiles; a row's keys are read in the order of their blocks, and
 // keys it may not see add exact zeros.
 //
 // Where there is a tile unit it does the multiplying (`attention_tiles.c`).
@@ -210,7 +210,7 @@ static void attend_rows(const scalar *qkv, const scalar *cosine, const scalar *s
         put(turned, key + shape->num_kv_heads * HEAD_DIM, tile.own_key, tile.own_value,
             first % BLOCK);
     }
-    const int most = attends_by_unit() ? TILE_ROWS : TILE;
+    const int by_unit = attends_by_unit(), most = by_unit ? TILE_ROWS : TILE;
     for (int64_t done = 0; done < task->num; done += most) {
         tile.num = (int)(task->num - done < most ? task->num - done : most);
         for (int index = 0; index < tile.num; index++) {
@@ -221,7 +221,7 @@ static void attend_rows(const scalar *qkv, const scalar *cosine, const scalar *s
             tile.positions[index] = first + here / group;
             tile.out[index] = out + (at * shape->num_heads + head) * HEAD_DIM;
         }
-        if (attends_by_unit())
+        if (by_unit)
             attend_by_unit(&tile, room);
         else
             attend_tile(&tile, room);
@@ -250,7 +250,8 @@ int attend(const scalar *qkv, const scalar *cosine, const scalar *sine, scalar *
 #pragma omp parallel num_threads(num_threads) reduction(| : failed)
     {
         int num_rows = attends_by_unit() ? TILE_ROWS : TILE;
-        Room room = {malloc((size_t)(num_rows * score_stride) * sizeof(float)), score_stride, 0};
+        size_t num_bytes = (size_t)(num_rows * score_stride) * sizeof(float);
+        Room room = {aligned_alloc(LINE, num_bytes), score_stride, 0};
         failed = !room.scores;
 #pragma omp for
         for (int64_t row = 0; row < lines->num_written; row++) {

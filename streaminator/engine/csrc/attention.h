@@ -1,14 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What `layers.c` uses of `attention.c`.
+// What `layers.c` uses of `attention.c`, and this of `attention_tiles.c`.
 //
 // Layouts, for K KV heads: a block of keys [K, HEAD_DIM / PAIR, BLOCK, PAIR], of values [K, BLOCK /
 // PAIR, HEAD_DIM, PAIR].
 
 #include "tiles.h"
 
-#if BLOCK % LANES || HEAD_DIM % LANES
-#error "a block is whole vectors of keys, a head whole vectors"
+#if BLOCK != TILE_ROWS || HEAD_DIM % LANES
+#error "a block is a tile of keys, a head whole vectors"
+#endif
+
+// Weights are multiplied as the vectors' kernels leave them: in bfloat16.
+#if TILES && defined __AVX512BF16__
+#define ATTENDS_BY_TILES 1
+#else
+#define ATTENDS_BY_TILES 0
 #endif
 
 typedef struct {
@@ -55,7 +62,8 @@ typedef struct {
 typedef struct {
     int num;
     int64_t positions[TILE_ROWS];
-    scalar queries[TILE_ROWS * HEAD_DIM], *out[TILE_ROWS];
+    scalar queries[TILE_ROWS * HEAD_DIM] __attribute__((aligned(LINE)));
+    scalar *out[TILE_ROWS];
     float scale;
     int64_t window;
     const scalar *keys, *values;  // of the KV head in the first block
@@ -123,7 +131,7 @@ static inline float weigh(float *scores, int64_t num, float most) {
 }
 
 // Attention of a tile's rows by the tile unit (`attention_tiles.c`); who has called it leaves the unit.
-static inline int attends_by_unit(void) { return TILES && BLOCK == TILE_ROWS && has_tiles(); }
+static inline int attends_by_unit(void) { return ATTENDS_BY_TILES && has_tiles(); }
 void attend_by_unit(const Tile *tile, Room *room);
 void leave_unit(Room *room);
 

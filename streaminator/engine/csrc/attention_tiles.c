@@ -8,7 +8,7 @@
 
 #include "attention.h"
 
-#if TILES && BLOCK == TILE_ROWS
+#if ATTENDS_BY_TILES
 
 #define DIMS 32  // that are multiplied at a time: a row of a tile
 #define REST (HEAD_DIM % DIMS)
@@ -24,6 +24,7 @@ static void enter_unit(Room *room, int num) {
     shapes.rows[5] = TILE_ROWS;
     shapes.bytes[6] = KEY_BYTES;
     shapes.rows[7] = BLOCK / PAIR;
+    WRITTEN;
     _tile_loadconfig(&shapes);
     room->tile_rows = num;
 }
@@ -113,6 +114,7 @@ void attend_by_unit(const Tile *tile, Room *room) {
         }
         scales[row] = weigh(scores, (end - begin) * BLOCK, largest_of(most));
     }
+    WRITTEN;
     int from = 0;
     for (; from + PARTS * LANES <= HEAD_DIM; from += PARTS * LANES)
         sum_values(PARTS, from, tile, begin, end, room, scales);

@@ -6,8 +6,6 @@
 // Exactness: a row's sums are built up 32 inputs at a time by the same instructions in any batch, whatever
 // number of rows the last tile has.
 
-#include "tiles.h"
-
 #include "products.h"
 
 #if TILES

@@ -101,8 +101,10 @@ int are_products_fast(void) {
 #endif
 }
 
-// Rows for which a product takes as long as for fewer of them.
-int rows_at_once(void) { return has_tiles() ? TILE_ROWS : ROWS / 2; }
+// Rows for which a product takes about as long as for fewer of them.
+int rows_at_once(int64_t num_inputs) {
+    return num_inputs % DEPTH == 0 && has_tiles() ? TILE_ROWS : ROWS / 2;
+}
 
 // x [num_rows, num_inputs] -> [num_rows, num_outputs], plus bias [num_outputs] and residual
 // [num_rows, num_outputs], which may be `out`, where there are such. Returns 0, or 1 when there is no memory.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The tile unit of a CPU that has AMX: eight tiles of at most 16 rows of 64 bytes, whose shapes each thread
-// sets before it uses them. A tile with fewer rows takes less time.
+// sets before it uses them. A multiplication by fewer rows takes less time, but for what all have in common.
 
 #pragma once
 
@@ -20,8 +20,11 @@ static inline __attribute__((always_inline)) void fetch(const void *at, int num,
         __builtin_prefetch((const char *)at + line * stride, 0, 2);
 }
 
-#if BF16 && defined __AMX_BF16__ && defined __AVX512BF16__
+#if BF16 && defined __AMX_BF16__
 #define TILES 1
+
+// Compilers are not told what memory the unit reads: all is to be written by now.
+#define WRITTEN __asm__ volatile("" ::: "memory")
 
 typedef struct {
     uint8_t palette, start, reserved[14];
