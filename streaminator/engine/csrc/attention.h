@@ -44,9 +44,14 @@ typedef struct {
     int64_t num;
 } Span;
 
+// The first block that a query at a position sees.
+static inline int64_t first_block(int64_t position, int64_t window) {
+    int64_t first = position - window + 1;
+    return first > 0 ? first / BLOCK : 0;
+}
+
 static Span span_of(const Lines *lines, const Shape *shape, int64_t sequence) {
-    int64_t first = lines->firsts[sequence], seen = first - shape->window + 1;
-    int64_t begin = seen > 0 ? seen / BLOCK : 0;
+    int64_t first = lines->firsts[sequence], begin = first_block(first, shape->window);
     int64_t end = (first + lines->counts[sequence] - 1) / BLOCK + 1;
     return (Span){lines->tables + sequence * lines->table_width + begin, end - begin};
 }
@@ -91,16 +96,10 @@ static inline const scalar *values_of(const Tile *tile, int64_t block) {
                                     : tile->values + tile->table[block] * tile->block_stride;
 }
 
-// The blocks that a tile's rows see; a row's keys in them that it may not see have no weight.
+// The blocks that a tile's rows see, whose positions rise; keys in them that a row may not see have no weight.
 static inline void span_seen(const Tile *tile, int64_t *begin, int64_t *end) {
-    int64_t first = tile->positions[0] - tile->window + 1, last = tile->positions[0];
-    for (int row = 1; row < tile->num; row++) {
-        if (tile->positions[row] > last) last = tile->positions[row];
-        if (tile->positions[row] - tile->window + 1 < first)
-            first = tile->positions[row] - tile->window + 1;
-    }
-    *begin = first > 0 ? first / BLOCK : 0;
-    *end = last / BLOCK + 1;
+    *begin = first_block(tile->positions[0], tile->window);
+    *end = tile->positions[tile->num - 1] / BLOCK + 1;
 }
 
 // What is fetched while a block of values is read: `index` counts from the first one.

@@ -101,10 +101,10 @@ int are_products_fast(void) {
 #endif
 }
 
+static int is_by_tiles(int64_t num_inputs) { return num_inputs % DEPTH == 0 && has_tiles(); }
+
 // Rows for which a product takes about as long as for fewer of them.
-int rows_at_once(int64_t num_inputs) {
-    return num_inputs % DEPTH == 0 && has_tiles() ? TILE_ROWS : ROWS / 2;
-}
+int rows_at_once(int64_t num_inputs) { return is_by_tiles(num_inputs) ? TILE_ROWS : ROWS / 2; }
 
 // x [num_rows, num_inputs] -> [num_rows, num_outputs], plus bias [num_outputs] and residual
 // [num_rows, num_outputs], which may be `out`, where there are such. Returns 0, or 1 when there is no memory.
@@ -113,7 +113,7 @@ int rows_at_once(int64_t num_inputs) {
 int product(const scalar *x, const scalar *packed, const scalar *bias, const scalar *residual,
             scalar *out, int64_t num_rows, int64_t num_outputs, int64_t num_inputs, Coming *coming,
             int num_threads) {
-    if (num_inputs % DEPTH == 0 && has_tiles())
+    if (is_by_tiles(num_inputs))
         return tile_product(x, packed, bias, residual, out, num_rows, num_outputs, num_inputs,
                             num_threads);
     int64_t num_whole = num_rows / ROWS * ROWS, num_tiles = (num_rows + ROWS - 1) / ROWS;
