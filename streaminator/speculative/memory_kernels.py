@@ -250,7 +250,11 @@ def draft(
                 if chance >= min_survival:
                     out_tokens[n, 1, step] = tokens[second]
                     out_survival[n, 1, step] = chance
-            if step + 1 < caps[n]:
+            num_before = step + 1
+            for index in range(step + 1):
+                num_before += out_survival[n, 1, index] > survival
+            # Of what follows nothing would be among the likeliest that are left in the end.
+            if num_before < caps[n]:
                 known = min(state[KNOWN] + step + 1, TAIL)
                 hash_contexts(text[n], end + 1, known, correction.numbers, keys[n])
                 fetch_buckets(rows, own, tables[0], keys[n], starts[n], use_shared)
