@@ -269,7 +269,7 @@ class Memory:
             self._arena.rows, self._tables, self._running, self._tails, handles, tokens, lengths,
             rejected, num_rejected, top_ids, top_probs, self._mixing, self._num_learned, self._hits, self._second_hits, self._noise_hits, self._predictions,
             self._correction, self._learns_completions, self._shared and self._learns_completions, True,
-            _room_for(lengths + num_rejected), self._scratch,
+            learning.new_ahead(lengths + num_rejected), self._scratch,
         )  # fmt: skip
 
     def _observe(
@@ -293,7 +293,7 @@ class Memory:
                 self._arena.rows, self._tables, self._running, self._tails, handles, tokens,
                 lengths, rejected, num_rejected, top_ids, top_probs, self._mixing, self._num_learned, self._hits, self._second_hits,
                 self._noise_hits, self._predictions, self._correction, True, shared, False,
-                _room_for(lengths + num_rejected), self._scratch,
+                learning.new_ahead(lengths + num_rejected), self._scratch,
             )  # fmt: skip
 
     def _new_handle(self, prompt_id: str, token_ids: Sequence[int], noise_key: int) -> int:
@@ -379,8 +379,3 @@ class Memory:
         if held[NUM_ROWS]:
             self._arena.free(int(held[START]), int(held[NUM_ROWS]))
         self._tables[table, :CLOCK] = 0
-
-
-def _room_for(lengths: Ints) -> Ints:
-    """An array for the longest text, and the tokens before it."""
-    return np.empty(TAIL + int(lengths.max(initial=0)), np.int64)

@@ -7,6 +7,8 @@ correction.
 Used by: `memory`.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,7 +24,7 @@ from streaminator.speculative.memory_rates import (
     learn_hits,
     learn_mixing,
 )
-from streaminator.speculative.memory_records import jit, pack_record
+from streaminator.speculative.memory_records import jit, jit_inline, pack_record
 from streaminator.speculative.memory_tables import (
     FIRST_SHARED,
     NUM_BUCKETS,
@@ -31,12 +33,33 @@ from streaminator.speculative.memory_tables import (
     Ints,
     Rows,
     count_token,
+    fetch_buckets,
     find_all,
+    find_rows,
     hash_contexts,
 )
 
 _LONG = 7  # place of the shortest own match that spares the shared table
 _EAGER, _SELDOM = 8192, 8  # the mixture is fitted to the first tokens, then to every eighth
+
+
+class Ahead(NamedTuple):
+    """Arrays that a sequence's contexts are looked up in before they are needed."""
+
+    text: Ints
+    """Tokens, behind the TAIL before them."""
+    keys: NDArray[np.uint64]
+    found: Ints
+
+
+def new_ahead(lengths: Ints) -> Ahead:
+    """Room for the longest of some texts."""
+    num = int(lengths.max(initial=0))
+    return Ahead(
+        text=np.empty(TAIL + num, np.int64),
+        keys=np.empty((num, NUM_CONTEXTS), np.uint64),
+        found=np.empty((num, 2, NUM_CONTEXTS), np.int64),
+    )
 
 
 @jit
@@ -62,17 +85,19 @@ def learn(
     own_tier: bool,
     use_shared: bool,
     learns_rates: bool,
-    text: Ints,
+    ahead: Ahead,
     scratch: Scratch,
 ) -> None:
     """Append `new` (all handles' tokens, `lengths` of each) and count them.
 
     `top_ids`, `top_probs` [m + r, M] hold each new token's distribution, and what would have
     followed each of the `rejected` drafts (`num_rejected` of each handle), handle by handle;
-    M = 0: tokens only. `text` has room for TAIL tokens before a handle's own.
+    M = 0: tokens only. `ahead` has room for a handle's tokens.
     """
-    keys, found, record = scratch.keys, scratch.found, scratch.record
+    record = scratch.record
     is_told = top_ids.shape[1] > 0
+    # A distribution says something new each time: twice as many contexts are told.
+    excluded_after = 2 if is_told else 1
     use_shared &= tables[0, NUM_BUCKETS] > 0
     num_tiers = 2 if use_shared else 1
     first = first_rejected = 0
@@ -81,12 +106,14 @@ def learn(
         first_row = first + first_rejected
         state = running[handle]
         own, shared = tables[state[TABLE]], tables[0]
-        for index in range(TAIL):
-            text[index] = tails[handle, index]
-        for index in range(num):
-            text[TAIL + index] = new[first + index]
+        learns_own = own_tier and own[NUM_BUCKETS] > 0
+        drawn = new[first : first + num]
+        drafted = rejected[first_rejected : first_rejected + (num_rejected[n] if learns_own else 0)]
+        _look_ahead(
+            rows, own, shared, use_shared, tails[handle], state[KNOWN], drawn, drafted,
+            correction.numbers, ahead,
+        )  # fmt: skip
         if learns_rates:
-            drawn = new[first : first + num]
             ids, probs = top_ids[first_row:], top_probs[first_row:]
             learn_corrections(
                 correction,
@@ -100,43 +127,73 @@ def learn(
             )
             extend(correction.histories[handle], state, drawn, correction.numbers)
             learn_hits(state, predictions[handle], drawn, hits, second_hits, noise_hits)
+        num_all = num + len(drafted)
+        for index in range(num_all):
+            find_rows(rows, own, shared, ahead.keys[index], 0, use_shared, ahead.found[index])
         for index in range(num):
-            end = TAIL + index
-            known = min(state[KNOWN] + index, TAIL)
+            token, keys, found = drawn[index], ahead.keys[index], ahead.found[index]
             ids, probs = top_ids[first_row + index], top_probs[first_row + index]
-            hash_contexts(text, end, known, correction.numbers, keys)
             num_learned[0] += learns_rates
             if learns_rates and (num_learned[0] < _EAGER or num_learned[0] % _SELDOM == 0):
-                find_all(rows, own, keys, 0, found[0])
+                find_all(rows, own, keys, 0, scratch.found[0])
                 if use_shared:
-                    find_all(rows, shared, keys, FIRST_SHARED, found[1])
+                    find_all(rows, shared, keys, FIRST_SHARED, scratch.found[1])
                 learn_mixing(
-                    rows, (own, shared), num_tiers, found, text[end], mixing, scratch.places,
+                    rows, (own, shared), num_tiers, scratch.found, token, mixing, scratch.places,
                     scratch.estimates,
                 )  # fmt: skip
-            # A distribution says something new each time: twice as many contexts are told.
-            excluded_after = 2 if is_told else 1
-            cell = pack_record(text[end], ids, probs, record) if is_told else text[end]
+            cell = pack_record(token, ids, probs, record) if is_told else token
             knew = NUM_CONTEXTS
-            if own_tier and own[NUM_BUCKETS] > 0:
+            if learns_own:
                 knew = count_token(
-                    rows, own, keys, 0, excluded_after, text[end], is_told, cell, record
+                    rows, own, keys, found[0], 0, excluded_after, token, is_told, cell, record
                 )
             # What a long match of its own prompt foretells, the others need not be told again.
             if use_shared and (knew > _LONG or is_told):
-                count_token(rows, shared, keys, FIRST_SHARED, 2, text[end], is_told, cell, record)
-        for index in range(TAIL):
-            tails[handle, index] = text[num + index]
-        for index in range(num_rejected[n] if own_tier and own[NUM_BUCKETS] > 0 else 0):
-            # The first one stands where the last of the new tokens was drawn instead.
-            end = TAIL + num + index
-            text[end - 1] = rejected[first_rejected + index]
-            ids, probs = top_ids[first_row + num + index], top_probs[first_row + num + index]
-            known = min(state[KNOWN] + num + index, TAIL)
-            hash_contexts(text, end, known, correction.numbers, keys)
-            cell = pack_record(ids[0], ids, probs, record)
-            count_token(rows, own, keys, 0, 2, ids[0], True, cell, record)
+                count_token(
+                    rows, shared, keys, found[1], FIRST_SHARED, 2, token, is_told, cell, record
+                )
+        for index in range(num, num_all):
+            row = first_row + index
+            token = top_ids[row, 0]
+            cell = pack_record(token, top_ids[row], top_probs[row], record)
+            count_token(
+                rows, own, ahead.keys[index], ahead.found[index, 0], 0, 2, token, True, cell, record
+            )
         state[KNOWN] = min(state[KNOWN] + num, TAIL)
         state[POSITION] += num
         first += num
         first_rejected += num_rejected[n]
+
+
+@jit_inline
+def _look_ahead(
+    rows: Rows,
+    own: Ints,
+    shared: Ints,
+    use_shared: bool,
+    tail: Ints,
+    known: int,
+    drawn: Ints,
+    drafted: Ints,
+    numbers: NDArray[np.bool_],
+    ahead: Ahead,
+) -> None:
+    """Hash the contexts before each token, have their buckets fetched, and move the `tail` on.
+
+    The first of the `drafted` tokens stands where the last of those `drawn` was drawn instead; its
+    contexts, and theirs that follow, are those that end with it.
+    """
+    text, keys, num = ahead.text, ahead.keys, len(drawn)
+    for index in range(TAIL):
+        text[index] = tail[index]
+    for index in range(num):
+        text[TAIL + index] = drawn[index]
+    for index in range(TAIL):
+        tail[index] = text[num + index]
+    for index in range(num + len(drafted)):
+        end = TAIL + index
+        if index >= num:
+            text[end - 1] = drafted[index - num]
+        hash_contexts(text, end, min(known + index, TAIL), numbers, keys[index])
+        fetch_buckets(rows, own, shared, keys[index], 0, use_shared and index < num)

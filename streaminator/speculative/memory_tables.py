@@ -310,6 +310,7 @@ def count_token(
     rows: Rows,
     table: Ints,
     keys: NDArray,
+    found: Ints,
     first: int,
     excluded_after: int,
     token: int,
@@ -321,7 +322,7 @@ def count_token(
 
     Longest first; once `excluded_after` contexts knew the token the shorter ones are left alone
     (update exclusion, Moffat 1990): they are asked when longer ones fail, and should not repeat
-    them. Where a distribution `is_told`, `cell` and `record` are what `pack_record` made of it.
+    them. `found` are their rows, as far as they were there before the last tokens were counted. Where a distribution `is_told`, `cell` and `record` are what `pack_record` made of it.
 
     Returns: the place of the longest that knew it.
     """
@@ -337,7 +338,8 @@ def count_token(
         is_gapped = GAPPED <= place <= LAST_GAPPED
         if keys[place] == 0 or (num_knew >= excluded_after and not is_gapped):
             continue
-        row = find(rows, table, keys[place])
+        # One that was not there has perhaps been entered since.
+        row = found[place] if found[place] >= 0 else find(rows, table, keys[place])
         if row < 0:
             row = enter(rows, table, np.int32(keys[place]))
             if row < 0:

@@ -167,6 +167,23 @@ def test_drafts_keep_caps_and_budget_and_depend_on_the_observed_only(texts, caps
     assert answers[0] == answers[1]
 
 
+@settings(max_examples=30, deadline=None)
+@given(texts=st.lists(st.lists(st.integers(0, 4), min_size=9, max_size=40), min_size=1, max_size=4))
+def test_of_what_a_longer_draft_has_a_shorter_one_is_the_likeliest(texts):
+    most = 16
+    for noise in (False, True):
+        memory = Memory(max_bytes=SMALL, min_survival=0, noise=noise)
+        memory.open("a", [5, 6], texts)
+        handle = np.array([memory.start("a", [5, 6], 1)])
+        for tokens in texts:
+            commit(memory, int(handle[0]), tokens)
+        chances = [memory.draft(handle, np.array([cap])).survival for cap in range(most + 1)]
+        falling = np.sort(chances[most], axis=None)[::-1]
+        for cap, shorter in enumerate(chances):
+            kept = np.sort(shorter[shorter > 0])[::-1]
+            assert kept.tolist() == falling[falling > 0][:cap].tolist()
+
+
 def test_counts_do_not_depend_on_the_steps_they_came_in():
     completion = text(3, 80, 8)
     answers = []
