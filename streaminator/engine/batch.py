@@ -122,57 +122,65 @@ def pack(
     With `pads` all but long steps are padded to few sizes, so that many have the same shape. Rows
     of padding write to the null block; only paged attention can read that.
     """
+    # Lists: between two forwards nothing is in the processor's caches, and each of NumPy's functions
+    # costs more to fetch than a few rows do.
     tokens: list[int] = []
-    rows: list[tuple[int, int, int, int, int]] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    sampled: list[int] = []
+    noise_keys: list[int] = []
+    noise_positions: list[int] = []
+    spans: list[tuple[int, int, int]] = []
     block_tables: list[list[int]] = []
     for sequence in sequences:
         first = sequence.num_cached_tokens
         last = first + sequence.num_scheduled_tokens
-        length = last - first + len(sequence.draft)
-        num_rows = 1 + len(sequence.draft) if sequence.is_sampled else 0
-        num_drawn = len(sequence.token_ids) - sequence.num_prompt_tokens
-        rows.append((first, length, num_rows, num_drawn, sequence.noise_key))
-        block_tables.append(sequence.block_table)
+        end = last + len(sequence.draft)
+        table = sequence.block_table
+        spans.append((len(tokens), end - first, first))
+        block_tables.append(table)
         tokens += sequence.token_ids[first:last]
         tokens += sequence.draft
-    num_written = len(tokens)
+        positions += range(first, end)
+        slots += [table[p // block_size] * block_size + p % block_size for p in range(first, end)]
+        if sequence.is_sampled:
+            num = 1 + len(sequence.draft)
+            num_drawn = len(sequence.token_ids) - sequence.num_prompt_tokens
+            sampled += range(len(tokens) - num, len(tokens))
+            noise_keys += [sequence.noise_key] * num
+            noise_positions += range(num_drawn, num_drawn + num)
     for sequence in sequences:
         for place, token in sequence.alternatives.items():
             position = len(sequence.token_ids) + place
-            num_drawn = position - sequence.num_prompt_tokens + 1
-            rows.append((position, 1, 1, num_drawn, sequence.noise_key))
+            spans.append((len(tokens), 1, position))
             block_tables.append(sequence.block_table)
+            sampled.append(len(tokens))
             tokens.append(token)
-    firsts, counts, num_sampled, num_drawn, keys = np.array(rows, dtype=np.int64).T.copy()
+            positions.append(position)
+            noise_keys.append(sequence.noise_key)
+            noise_positions.append(position - sequence.num_prompt_tokens + 1)
     width = max(map(len, block_tables))
     tables = np.array([blocks + [0] * (width - len(blocks)) for blocks in block_tables])
-    ends = counts.cumsum()
-    starts = ends - counts
-    packed = np.arange(len(tokens))
-    owners = np.repeat(np.arange(len(rows)), counts)
-    positions = packed + (firsts - starts)[owners]
-    written = positions[:num_written]
-    slots = tables[owners[:num_written], written // block_size] * block_size + written % block_size
-    first_sampled = ends - num_sampled
-    sampled = np.flatnonzero(packed >= first_sampled[owners])
-    drawers = owners[sampled]
-    lines = Lines(starts, counts, firsts, tables, slots, len(rows) - len(sequences))
+    starts, counts, firsts = np.array(spans, dtype=np.int64).T.copy()
+    num_rows = _ceil(len(tokens), row_multiple) * row_multiple
+    num_sampled_rows = _ceil(len(sampled), ROW_MULTIPLE) * ROW_MULTIPLE
+    num_slots, padding = len(slots), None
     if pads and len(tokens) <= _MOST_PADDED:
-        num_rows = _rung(len(tokens))
+        num_slots, padding = _rung(len(tokens)), block_size
         has_long = counts[: len(sequences)].max() > _MOST_SHORT
-        num_sampled_rows = _rung(max(len(sampled), 1)) if has_long else num_rows
-        slots, padding = _padded(slots, num_rows), block_size
-    else:
-        num_rows = _ceil(len(tokens), row_multiple) * row_multiple
-        num_sampled_rows = _ceil(len(sampled), ROW_MULTIPLE) * ROW_MULTIPLE
-        padding = None
+        num_sampled_rows = _rung(max(len(sampled), 1)) if has_long else num_slots
+        num_rows = num_slots
+    placed_slots = _filled(slots, num_slots)
+    lines = Lines(
+        starts, counts, firsts, tables, placed_slots[: len(slots)], len(spans) - len(sequences)
+    )
     read = [
-        _padded(tokens, num_rows),
-        _padded(positions, num_rows),
-        slots,
-        _padded(sampled, num_sampled_rows),
+        _filled(tokens, num_rows),
+        _filled(positions, num_rows),
+        placed_slots,
+        _filled(sampled, num_sampled_rows),
     ]
-    noise = [keys[drawers], sampled + (num_drawn - first_sampled)[drawers]]
+    noise = [np.array(noise_keys, np.int64), np.array(noise_positions, np.int64)]
     placed: Iterator[torch.Tensor]
     if device.type == "cuda" or padding:
         groups = _make_groups(lines, padding)
@@ -197,7 +205,12 @@ def pack(
     )
 
 
-def _padded(numbers: Seq[int] | np.ndarray, *shape: int) -> np.ndarray:
+def _filled(numbers: list[int], length: int) -> np.ndarray:
+    """`numbers`, and zeros behind them up to `length`."""
+    return np.array(numbers + [0] * (length - len(numbers)), np.int64)
+
+
+def _padded(numbers: np.ndarray, *shape: int) -> np.ndarray:
     """`numbers`, and zeros behind them up to `shape`."""
     padded = np.zeros(shape, dtype=np.int64)
     padded[tuple(slice(length) for length in np.shape(numbers))] = numbers

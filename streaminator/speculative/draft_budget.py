@@ -22,6 +22,7 @@ Invariants
 Used by: `engine.Engine`, `engine.speculation`, `engine.step_costs`.
 """
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
@@ -80,8 +81,10 @@ class StepCosts:
         slope = (rising[-1] - rising[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else 0.0
         rising.append(rising[-1] + slope * (_FAR - 1) * sizes[-1])
         self._rising = np.array(rising, np.float64)
+        # The same for Python, whose arithmetic is at hand between two forwards; NumPy's is not.
+        self._sizes, self._seconds = self.reach.tolist(), rising
         self._plain = self._dear = 1.0
-        self._sums = np.zeros(6)  # see `_add`
+        self._sums = [0.0] * 6  # see `_add`
 
     @classmethod
     def free(cls) -> "StepCosts":
@@ -103,7 +106,7 @@ class StepCosts:
         if self.are_free:
             return self._rising
         first = self._padded(num_tokens)
-        least = _least(first, float(np.interp(first, self.reach, self._rising)))
+        least = _least(first, self._at(first))
         return self._dear * (self._rising + least * self.reach)
 
     def observe(self, num_tokens: int, num_drafts: int, seconds: float) -> None:
@@ -115,18 +118,19 @@ class StepCosts:
         taken = min(max(seconds, (1 - _SURPRISE) * expected), (1 + _SURPRISE) * expected)
         if not self._sums[0] or (drafts and not self._sums[-1]):
             self._add(plain, drafts, expected, _BELIEVED)
-        self._sums *= _KEPT
+        self._sums = [_KEPT * x for x in self._sums]
         self._add(plain, drafts, taken, 1)
         self._fit(plain)
 
     def _add(self, plain: float, drafts: float, taken: float, times: float) -> None:
         """`plain` and `drafts` as measured; `taken`: what the step really took."""
         products = plain * plain, plain * drafts, drafts * drafts, plain * taken, drafts * taken
-        self._sums += times * np.array([*products, drafts > 0])
+        added = *products, drafts > 0
+        self._sums = [x + times * y for x, y in zip(self._sums, added, strict=True)]
 
     def _fit(self, plain: float) -> None:
         # Least squares, with one more term: that the ratio of the two numbers is what it was.
-        plains, mixed, drafts, plain_taken, drafts_taken, num_drafting = self._sums.tolist()
+        plains, mixed, drafts, plain_taken, drafts_taken, num_drafting = self._sums
         like, ratio = 1e-4 * plain * plain, self._dear / self._plain
         if num_drafting:
             like += _LIKE * drafts / num_drafting
@@ -143,8 +147,16 @@ class StepCosts:
     def _measured(self, num_tokens: int, num_drafts: int) -> tuple[float, float]:
         """Seconds, as measured, without drafts, and more with them."""
         first, last = self._padded(num_tokens), self._padded(num_tokens + num_drafts)
-        plain, all_of_it = np.interp([first, last], self.reach, self._rising).tolist()
+        plain, all_of_it = self._at(first), self._at(last)
         return plain, all_of_it - plain + _least(first, plain) * (last - first)
+
+    def _at(self, size: int) -> float:
+        """Seconds measured, or between two measurements."""
+        sizes, seconds = self._sizes, self._seconds
+        index = min(max(bisect_right(sizes, size), 1), len(sizes) - 1)
+        before, first = sizes[index - 1], seconds[index - 1]
+        share = max(size - before, 0.0) / max(sizes[index] - before, 1.0)
+        return first + share * (seconds[index] - first)
 
     def _padded(self, num_tokens: int) -> int:
         return -(-num_tokens // self.multiple) * self.multiple

@@ -115,6 +115,8 @@ class Memory:
         self._predictions = np.zeros((8, MAX_DRAFT, 4 + len(self._strengths)), np.int64)
         self._free_handles = list(range(7, -1, -1))
         self._scratch = new_scratch()
+        self._chains = kernels.new_chains(0, 0, len(self._strengths))
+        self._ahead = learning.new_ahead(0)
         self._starts: dict[str, tuple[int, ...]] = {}
         self._num_prompt: dict[str, int] = {}
         none = np.zeros(0, np.bool_)
@@ -225,14 +227,19 @@ class Memory:
         caps = np.minimum(np.maximum(caps, 0), MAX_DRAFT)
         tokens = np.zeros((len(handles), 2, int(caps.max(initial=0))), np.int64)
         survival = np.zeros(tokens.shape, np.float32)
-        kernels.draft(
+        chains = self._chains
+        if len(handles) > len(chains.found) or tokens.shape[2] > chains.restore.shape[1]:
+            chains = self._chains = kernels.new_chains(
+                max(len(handles), len(chains.found)),
+                max(tokens.shape[2], chains.restore.shape[1]),
+                len(self._strengths),
+            )
+        width = kernels.draft(
             self._arena.rows, self._tables, self._running, self._tails, handles, caps,
             self.min_survival, self._mixing, self._hits, self._second_hits,
             self._strengths, self._noise_hits, self._shared, self._correction, self._predictions,
-            kernels.new_chains(len(handles), tokens.shape[2], len(self._strengths)),
-            self._scratch, tokens, survival,
+            chains, self._scratch, tokens, survival,
         )  # fmt: skip
-        width = np.count_nonzero(survival[:, 0].any(0))
         return Drafts(tokens[..., :width], survival[..., :width])
 
     def commit(
@@ -261,15 +268,14 @@ class Memory:
             top_ids, top_probs = no_distributions(len(tokens) + len(rejected))
         if num_rejected is None:
             num_rejected = np.zeros_like(lengths)
+        num_all = lengths + num_rejected
         if self._learns_completions:
-            self._make_room(
-                handles, lengths + num_rejected, _ROWS_PER_CONTEXT[top_ids.shape[1] > 0]
-            )
+            self._make_room(handles, num_all, _ROWS_PER_CONTEXT[top_ids.shape[1] > 0])
         learning.learn(
             self._arena.rows, self._tables, self._running, self._tails, handles, tokens, lengths,
             rejected, num_rejected, top_ids, top_probs, self._mixing, self._num_learned, self._hits, self._second_hits, self._noise_hits, self._predictions,
             self._correction, self._learns_completions, self._shared and self._learns_completions, True,
-            learning.new_ahead(lengths + num_rejected), self._scratch,
+            self._ahead_of(num_all), self._scratch,
         )  # fmt: skip
 
     def _observe(
@@ -286,15 +292,21 @@ class Memory:
         pieces = chunks(token_ids, chunk) if top is None else steps(token_ids, top)
         for tokens, rejected, top_ids, top_probs in pieces:
             lengths, num_rejected = np.array([len(tokens)]), np.array([len(rejected)])
-            self._make_room(
-                handles, lengths + num_rejected, _ROWS_PER_CONTEXT[top_ids.shape[1] > 0]
-            )
+            num_all = lengths + num_rejected
+            self._make_room(handles, num_all, _ROWS_PER_CONTEXT[top_ids.shape[1] > 0])
             learning.learn(
                 self._arena.rows, self._tables, self._running, self._tails, handles, tokens,
                 lengths, rejected, num_rejected, top_ids, top_probs, self._mixing, self._num_learned, self._hits, self._second_hits,
                 self._noise_hits, self._predictions, self._correction, True, shared, False,
-                learning.new_ahead(lengths + num_rejected), self._scratch,
+                self._ahead_of(num_all), self._scratch,
             )  # fmt: skip
+
+    def _ahead_of(self, lengths: Ints) -> learning.Ahead:
+        """Arrays to look contexts up in, of the longest of some texts."""
+        num = int(lengths.max(initial=0))
+        if num > len(self._ahead.found):
+            self._ahead = learning.new_ahead(num)
+        return self._ahead
 
     def _new_handle(self, prompt_id: str, token_ids: Sequence[int], noise_key: int) -> int:
         if not self._free_handles:
@@ -315,7 +327,8 @@ class Memory:
         """Grow the tables that might not hold what comes next."""
         full, num_contexts = find_full(
             self._tables,
-            self._running[handles, rates.TABLE],
+            self._running,
+            handles,
             lengths,
             rows_per_context,
             self._shared,

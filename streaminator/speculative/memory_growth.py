@@ -8,14 +8,19 @@ Used by: `memory`.
 
 import numpy as np
 
+from streaminator.speculative.memory_rates import TABLE
 from streaminator.speculative.memory_records import (
     EMPTY,
     NUM_CELLS,
     RECORDS,
     Ints,
     Rows,
+    jit,
     jit_allocating,
+    jit_inline,
+    nth,
     num_rows_of,
+    prefetch,
 )
 from streaminator.speculative.memory_tables import (
     CLOCK,
@@ -32,19 +37,25 @@ from streaminator.speculative.memory_tables import (
 
 PER_BUCKET_AT_MOST = 5.5
 """Contexts in the mean: with more, too many buckets would be full."""
+_AHEAD = 2  # buckets
 
 
 @jit_allocating
 def find_full(
-    tables: Ints, owners: Ints, lengths: Ints, rows_per_context: float, use_shared: bool
+    tables: Ints,
+    running: Ints,
+    handles: Ints,
+    lengths: Ints,
+    rows_per_context: float,
+    use_shared: bool,
 ) -> tuple[Ints, Ints]:
-    """Tables that might not hold `lengths[i]` more tokens of table `owners[i]`, each.
+    """Tables that might not hold `lengths[i]` more tokens of sequence `handles[i]`, each.
 
     Returns: the prompts' tables in order, then 0, the shared one; and how many contexts each is to get.
     """
     coming = np.zeros(len(tables), np.int64)
-    for index in range(len(owners)):
-        coming[owners[index]] += lengths[index] * NUM_CONTEXTS
+    for index in range(len(handles)):
+        coming[running[handles[index], TABLE]] += lengths[index] * NUM_CONTEXTS
         if use_shared:
             coming[0] += lengths[index] * NUM_SHARED_CONTEXTS
     full = np.empty(len(tables), np.int64)
@@ -66,6 +77,8 @@ def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
     new[CLOCK] = old[CLOCK]
     moved = np.full(old[USED_ROWS], -1)
     for place in range(PER_BUCKET * old[NUM_BUCKETS]):
+        if place % PER_BUCKET == 0:
+            _fetch_ahead(rows, old, place // PER_BUCKET)
         bucket, index = old[START] + 2 * (place // PER_BUCKET), place % PER_BUCKET
         check, source = rows[bucket, index], old[START] + rows[bucket + 1, index]
         if check == 0 or rows[source, 7] < oldest:
@@ -73,7 +86,7 @@ def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
         target = enter(rows, new, check)
         if target < 0:
             break
-        rows[target] = rows[source]
+        _copy(rows, source, target)
         if np.int64(rows[source, 1]) & RECORDS:
             _move_records(rows, old, new, target, moved)
             continue
@@ -86,8 +99,33 @@ def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
             new[USED_ROWS] += 1
             rows[target, 6] = free
             target = new[START] + free
-            rows[target] = rows[old[START] + at]
+            _copy(rows, old[START] + at, target)
             at = np.int64(rows[target, 6])
+
+
+@jit_inline
+def _copy(rows: Rows, source: int, target: int) -> None:
+    # A slice is assigned by way of a temporary one, in case both overlap.
+    for column in range(rows.shape[1]):
+        rows[nth(target), nth(column)] = rows[nth(source), nth(column)]
+
+
+@jit
+def _fetch_ahead(rows: Rows, table: Ints, bucket: int) -> None:
+    """Have the processor fetch what later buckets refer to, and what that refers to."""
+    start = table[START]
+    for number in (bucket + _AHEAD, bucket + 2 * _AHEAD):
+        if number >= table[NUM_BUCKETS]:
+            return
+        for index in range(PER_BUCKET):
+            if rows[start + 2 * number, index] == 0:
+                continue
+            row = start + rows[start + 2 * number + 1, index]
+            if number > bucket + _AHEAD:
+                prefetch(rows, row)
+            elif np.int64(rows[row, 1]) & RECORDS:
+                for column in range(2, 2 + NUM_CELLS):
+                    prefetch(rows, start + max(-2 - np.int64(rows[row, column]), 0))
 
 
 @jit_allocating
@@ -107,6 +145,6 @@ def _move_records(rows: Rows, old: Ints, new: Ints, row: int, moved: Ints) -> No
                 continue
             new[USED_ROWS] += num_rows
             for n in range(num_rows):
-                rows[new[START] + free + n] = rows[source + n]
+                _copy(rows, source + n, new[START] + free + n)
             moved[index] = free
         rows[row, column] = -2 - moved[index]

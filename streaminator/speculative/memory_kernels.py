@@ -89,15 +89,15 @@ class Chains(NamedTuple):
 
 
 def new_chains(num: int, width: int, num_strengths: int) -> Chains:
-    """Arrays for `num` chains of at most `width` tokens."""
+    """Arrays for at most `num` chains of at most `width` tokens."""
     return Chains(
         keys=np.empty((num, NUM_CONTEXTS), np.uint64),
         found=np.empty((num, 2, NUM_CONTEXTS), np.int64),
         text=np.empty((num, TAIL + width), np.int64),
         restore=np.empty((num, width), np.int32),
-        survivals=np.ones(num),
-        starts=np.zeros(num, np.int64),
-        waiting=np.arange(num),
+        survivals=np.empty(num),
+        starts=np.empty(num, np.int64),
+        waiting=np.empty(num, np.int64),
         picks=np.zeros(num_strengths, np.int64),
     )
 
@@ -132,8 +132,8 @@ def draft(
     scratch: Scratch,
     out_tokens: Ints,
     out_survival: NDArray[np.float32],
-) -> None:
-    """Draft a chain for each handle, and second choices beside it.
+) -> int:
+    """Draft a chain for each handle, and second choices beside it; returns the longest's length.
 
     What was predicted is kept for `learn` in `predictions`.
 
@@ -147,7 +147,7 @@ def draft(
         correction: of the mixture; the drafted tokens' candidates are kept there.
         predictions: [H, K, 4 + S] token, bucket, second choice (-1: none) and its share, and the
             token by each strength.
-        chains, scratch: arrays to work in, `chains` new ones.
+        chains, scratch: arrays to work in.
         out_tokens, out_survival: [n, 2, K] zeroed, chains and second choices; survival 0: none.
     """
     num, width = len(handles), out_tokens.shape[2]
@@ -161,6 +161,7 @@ def draft(
     for n in range(num):
         state = running[handles[n]]
         state[PREDICTED] = 0
+        survivals[n], starts[n], waiting[n] = 1.0, 0, n
         for index in range(TAIL):
             text[n, index] = tails[handles[n], index]
         hash_contexts(text[n], TAIL, state[KNOWN], correction.numbers, keys[n])
@@ -180,12 +181,12 @@ def draft(
             handle = handles[n]
             state = running[handle]
             own, end = tables[state[TABLE]], TAIL + step
-            size, rest, own_longest, count, longest = mix(
+            size, rest, own_longest, count, shared_longest = mix(
                 rows, own, tables[0], use_shared, found[n], starts[n], mixing, scratch, factor
             )
             # What was never seen after n tokens is not after n + 1 in the next step.
             starts[n] = max(own_longest - 1, 0) if own_longest < GAPPED else 0
-            match = min(NUM_CONTEXTS - longest, MATCH_BINS - 1)
+            match = min(NUM_CONTEXTS - shared_longest, MATCH_BINS - 1)
             if own_longest < NUM_CONTEXTS:
                 match = (NUM_CONTEXTS - own_longest) * MATCH_BINS + log_bin(count, MATCH_BINS)
             if size == 0:
@@ -261,16 +262,18 @@ def draft(
                 waiting[num_left] = n
                 num_left += 1
         num_waiting = num_left
+    longest = 0
     for n in range(num):
-        _keep_best(out_survival[n], caps[n])
+        longest = max(longest, _keep_best(out_survival[n], caps[n]))
         state, history = running[handles[n]], correction.histories[handles[n]]
         for step in range(state[PREDICTED] - 1, -1, -1):
             pop(history, state[LENGTH] + step, restore[n, step])
+    return longest
 
 
 @jit
-def _keep_best(survival: NDArray[np.float32], cap: int) -> None:
-    """Leave the `cap` likeliest of a chain and the second choices beside it."""
+def _keep_best(survival: NDArray[np.float32], cap: int) -> int:
+    """Leave the `cap` likeliest of a chain and the second choices beside it; returns its length."""
     length = num = 0
     for step in range(survival.shape[1]):
         length += survival[0, step] > 0
@@ -286,3 +289,4 @@ def _keep_best(survival: NDArray[np.float32], cap: int) -> None:
         survival[nth(row), nth(place)] = 0
         length -= row == 0
         num -= 1
+    return length

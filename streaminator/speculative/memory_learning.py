@@ -52,9 +52,8 @@ class Ahead(NamedTuple):
     found: Ints
 
 
-def new_ahead(lengths: Ints) -> Ahead:
-    """Room for the longest of some texts."""
-    num = int(lengths.max(initial=0))
+def new_ahead(num: int) -> Ahead:
+    """Room for `num` tokens."""
     return Ahead(
         text=np.empty(TAIL + num, np.int64),
         keys=np.empty((num, NUM_CONTEXTS), np.uint64),
