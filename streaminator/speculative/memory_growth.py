@@ -15,12 +15,10 @@ from streaminator.speculative.memory_records import (
     RECORDS,
     Ints,
     Rows,
-    jit,
     jit_allocating,
     jit_inline,
     nth,
     num_rows_of,
-    prefetch,
 )
 from streaminator.speculative.memory_tables import (
     CLOCK,
@@ -37,7 +35,6 @@ from streaminator.speculative.memory_tables import (
 
 PER_BUCKET_AT_MOST = 5.5
 """Contexts in the mean: with more, too many buckets would be full."""
-_AHEAD = 2  # buckets
 
 
 @jit_allocating
@@ -77,8 +74,6 @@ def rebuild(rows: Rows, old: Ints, new: Ints, oldest: int) -> None:
     new[CLOCK] = old[CLOCK]
     moved = np.full(old[USED_ROWS], -1)
     for place in range(PER_BUCKET * old[NUM_BUCKETS]):
-        if place % PER_BUCKET == 0:
-            _fetch_ahead(rows, old, place // PER_BUCKET)
         bucket, index = old[START] + 2 * (place // PER_BUCKET), place % PER_BUCKET
         check, source = rows[bucket, index], old[START] + rows[bucket + 1, index]
         if check == 0 or rows[source, 7] < oldest:
@@ -108,24 +103,6 @@ def _copy(rows: Rows, source: int, target: int) -> None:
     # A slice is assigned by way of a temporary one, in case both overlap.
     for column in range(rows.shape[1]):
         rows[nth(target), nth(column)] = rows[nth(source), nth(column)]
-
-
-@jit
-def _fetch_ahead(rows: Rows, table: Ints, bucket: int) -> None:
-    """Have the processor fetch what later buckets refer to, and what that refers to."""
-    start = table[START]
-    for number in (bucket + _AHEAD, bucket + 2 * _AHEAD):
-        if number >= table[NUM_BUCKETS]:
-            return
-        for index in range(PER_BUCKET):
-            if rows[start + 2 * number, index] == 0:
-                continue
-            row = start + rows[start + 2 * number + 1, index]
-            if number > bucket + _AHEAD:
-                prefetch(rows, row)
-            elif np.int64(rows[row, 1]) & RECORDS:
-                for column in range(2, 2 + NUM_CELLS):
-                    prefetch(rows, start + max(-2 - np.int64(rows[row, column]), 0))
 
 
 @jit_allocating
