@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the kernels of `csrc/` by the C compiler of the machine (`CC`, else cc, gcc or clang).
 
-That takes a second, is for this machine's own processor, and is kept in the user's cache folder.
+That takes some seconds, is for this machine's own processor, and is kept in the user's cache folder.
 
 Used by: `kernels`.
 """
@@ -13,12 +13,13 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 _SOURCES = sorted((Path(__file__).parent / "csrc").iterdir())
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-w")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-w")
 _TIMEOUT = 120.0
 
 
@@ -43,19 +44,26 @@ def compile_library(defines: Mapping[str, int]) -> Path:
     folder = _folder()
     if (folder / name).is_file():
         return folder / name
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as file:
-        new = Path(file.name)
+    with tempfile.TemporaryDirectory(dir=folder) as room:
+        objects = [str(Path(room) / f"{source.stem}.o") for source in sources]
+        new = Path(room) / name
+        compiles = [
+            [*compiler, *flags, "-c", str(source), "-o", target]
+            for source, target in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_run, compiles))
+        _run([*compiler, *flags, "-shared", *objects, "-o", str(new), "-lm"])
+        return new.replace(folder / name)
+
+
+def _run(command: Sequence[str]) -> None:
     try:
-        subprocess.run(
-            [*compiler, *flags, *map(str, sources), "-o", str(new), "-lm"],
-            check=True, capture_output=True, timeout=_TIMEOUT,
-        )  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT)
     except (OSError, subprocess.SubprocessError) as error:
-        new.unlink(missing_ok=True)
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
         reason = said.split("\n", 1)[0] or str(error)
-        raise KernelsMissingError(f"{compiler[0]} does not compile them ({reason})") from error
-    return new.replace(folder / name)
+        raise KernelsMissingError(f"{command[0]} does not compile them ({reason})") from error
 
 
 def _compiler() -> list[str]:
