@@ -142,7 +142,10 @@ def pack(
         tokens += sequence.token_ids[first:last]
         tokens += sequence.draft
         positions += range(first, end)
-        slots += [table[p // block_size] * block_size + p % block_size for p in range(first, end)]
+        for index in range(first // block_size, -(-end // block_size)):
+            shift = (table[index] - index) * block_size
+            start, stop = max(first, index * block_size), min(end, (index + 1) * block_size)
+            slots += range(start + shift, stop + shift)
         if sequence.is_sampled:
             num = 1 + len(sequence.draft)
             num_drawn = len(sequence.token_ids) - sequence.num_prompt_tokens

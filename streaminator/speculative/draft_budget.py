@@ -151,10 +151,11 @@ class StepCosts:
         return plain, all_of_it - plain + _least(first, plain) * (last - first)
 
     def _at(self, size: int) -> float:
-        """Seconds measured, or between two measurements."""
+        """Seconds as measured, and in between linear."""
         sizes, seconds = self._sizes, self._seconds
         index = min(max(bisect_right(sizes, size), 1), len(sizes) - 1)
         before, first = sizes[index - 1], seconds[index - 1]
+        # Sizes are whole, and there may be one only.
         share = max(size - before, 0.0) / max(sizes[index] - before, 1.0)
         return first + share * (seconds[index] - first)
 

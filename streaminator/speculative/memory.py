@@ -227,18 +227,11 @@ class Memory:
         caps = np.minimum(np.maximum(caps, 0), MAX_DRAFT)
         tokens = np.zeros((len(handles), 2, int(caps.max(initial=0))), np.int64)
         survival = np.zeros(tokens.shape, np.float32)
-        chains = self._chains
-        if len(handles) > len(chains.found) or tokens.shape[2] > chains.restore.shape[1]:
-            chains = self._chains = kernels.new_chains(
-                max(len(handles), len(chains.found)),
-                max(tokens.shape[2], chains.restore.shape[1]),
-                len(self._strengths),
-            )
         width = kernels.draft(
             self._arena.rows, self._tables, self._running, self._tails, handles, caps,
             self.min_survival, self._mixing, self._hits, self._second_hits,
             self._strengths, self._noise_hits, self._shared, self._correction, self._predictions,
-            chains, self._scratch, tokens, survival,
+            self._chains_for(len(handles), tokens.shape[2]), self._scratch, tokens, survival,
         )  # fmt: skip
         return Drafts(tokens[..., :width], survival[..., :width])
 
@@ -301,8 +294,17 @@ class Memory:
                 self._ahead_of(num_all), self._scratch,
             )  # fmt: skip
 
+    def _chains_for(self, num: int, width: int) -> kernels.Chains:
+        """Arrays for `num` chains of `width` tokens; they stay for the next ones."""
+        most, widest = self._chains.restore.shape
+        if num > most or width > widest:
+            self._chains = kernels.new_chains(
+                max(num, most), max(width, widest), len(self._strengths)
+            )
+        return self._chains
+
     def _ahead_of(self, lengths: Ints) -> learning.Ahead:
-        """Arrays to look contexts up in, of the longest of some texts."""
+        """Arrays to look contexts up in, of the longest of some texts; they stay, too."""
         num = int(lengths.max(initial=0))
         if num > len(self._ahead.found):
             self._ahead = learning.new_ahead(num)

@@ -234,7 +234,7 @@ def draft(
             guess[0], guess[1], guess[2] = token, bucket, -1
             for j in range(len(strengths)):
                 guess[4 + j] = tokens[picks[j]] if tries_all else UNTRIED
-            # Also predictions that are not drafted are checked later: no bucket is given up on.
+            # Also predictions that are too unlikely are checked later: no bucket is given up on.
             state[PREDICTED] += 1
             if survival < min_survival:
                 continue
@@ -253,7 +253,7 @@ def draft(
                     out_survival[n, 1, step] = chance
             num_before = step + 1
             for index in range(step + 1):
-                num_before += out_survival[n, 1, index] > survival
+                num_before += out_survival[n, 1, index] > out_survival[n, 0, step]
             # Of what follows nothing would be among the likeliest that are left in the end.
             if num_before < caps[n]:
                 known = min(state[KNOWN] + step + 1, TAIL)

@@ -47,9 +47,11 @@ class Ahead(NamedTuple):
     """Arrays that a sequence's contexts are looked up in before they are needed."""
 
     text: Ints
-    """Tokens, behind the TAIL before them."""
+    """[TAIL + n] tokens, behind the TAIL before them."""
     keys: NDArray[np.uint64]
+    """[n, contexts]"""
     found: Ints
+    """[n, 2, contexts] their rows in the own and the shared table, as `find_rows` gives them."""
 
 
 def new_ahead(num: int) -> Ahead:
@@ -91,7 +93,7 @@ def learn(
 
     `top_ids`, `top_probs` [m + r, M] hold each new token's distribution, and what would have
     followed each of the `rejected` drafts (`num_rejected` of each handle), handle by handle;
-    M = 0: tokens only. `ahead` has room for a handle's tokens.
+    M = 0: tokens only. `ahead` has room for a handle's new and rejected tokens.
     """
     record = scratch.record
     is_told = top_ids.shape[1] > 0
@@ -128,7 +130,10 @@ def learn(
             learn_hits(state, predictions[handle], drawn, hits, second_hits, noise_hits)
         num_all = num + len(drafted)
         for index in range(num_all):
-            find_rows(rows, own, shared, ahead.keys[index], 0, use_shared, ahead.found[index])
+            find_rows(
+                rows, own, shared, ahead.keys[index], 0, use_shared and index < num,
+                ahead.found[index],
+            )  # fmt: skip
         for index in range(num):
             token, keys, found = drawn[index], ahead.keys[index], ahead.found[index]
             ids, probs = top_ids[first_row + index], top_probs[first_row + index]

@@ -73,7 +73,6 @@ class Scratch(NamedTuple):
     traits: Rows
     target: NDArray[np.float32]
     record: Rows
-    keys: NDArray[np.uint64]
     found: Ints
     places: Ints
     estimates: Floats
@@ -94,7 +93,6 @@ def new_scratch() -> Scratch:
         traits=np.zeros(TRAITS_SHAPE, np.int32),
         target=np.empty(LANES, np.float32),
         record=np.empty(MAX_ENTRIES + 1, np.int32),
-        keys=np.empty(NUM_CONTEXTS, np.uint64),
         found=np.empty((2, NUM_CONTEXTS), np.int64),
         places=np.empty((2 * NUM_CONTEXTS, 4), np.int64),
         estimates=np.empty((3, 2 * NUM_CONTEXTS + 1)),

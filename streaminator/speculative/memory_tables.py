@@ -322,7 +322,8 @@ def count_token(
 
     Longest first; once `excluded_after` contexts knew the token the shorter ones are left alone
     (update exclusion, Moffat 1990): they are asked when longer ones fail, and should not repeat
-    them. `found` are their rows, as far as they were there before the last tokens were counted. Where a distribution `is_told`, `cell` and `record` are what `pack_record` made of it.
+    them. `found` has their rows, -1 where one is not known to be there. Where a distribution
+    `is_told`, `cell` and `record` are what `pack_record` made of it.
 
     Returns: the place of the longest that knew it.
     """

@@ -184,6 +184,25 @@ def test_of_what_a_longer_draft_has_a_shorter_one_is_the_likeliest(texts):
             assert kept.tolist() == falling[falling > 0][:cap].tolist()
 
 
+def test_longer_and_wider_steps_between_change_no_draft():
+    answers = []
+    for has_others in (False, True):
+        memory = Memory(max_bytes=SMALL, shared=False, min_survival=0, noise=True)
+        memory.open("a", text(0, 30, 5), [text(1, 40, 5)])
+        handle = memory.start("a", text(0, 30, 5), 0)
+        if has_others:
+            for n in range(3):
+                memory.open(str(n), text(n + 3, 200, 5), ())
+            handles = [memory.start(str(n), text(n + 3, 200, 5), n) for n in range(3)]
+        for step in range(4):
+            if has_others:
+                memory.draft(np.array([*handles, handle]), np.full(4, 16))
+            tokens, survival = draft(memory, handle, 4)
+            answers.append([tokens, survival.tolist()])
+            commit(memory, handle, text(step + 9, 5 - step, 5))
+    assert answers[:4] == answers[4:]
+
+
 def test_counts_do_not_depend_on_the_steps_they_came_in():
     completion = text(3, 80, 8)
     answers = []
