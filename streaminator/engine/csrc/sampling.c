@@ -103,6 +103,32 @@ static double uniform(uint64_t place, int64_t token) {
     return ((double)(bits >> 12) + 0.5) * 0x1p-52;
 }
 
+// e^(x * scale) for x up to 0, within about an ulp of x * scale; exactly 0 below -87, NaN for NaN
+// (minimax polynomial of 2^r).
+static inline vec exp_below(vec x, float scale) {
+    x *= scale * 1.44269504f;
+    ints is_zero = x < -126.0f;
+    vec shifted = x + 12582912.0f;  // rounds to a whole number in the low bits
+    vec r = x - (shifted - 12582912.0f);
+    vec p = spread(1.32764720e-3f);
+    p = p * r + 9.67554133e-3f;
+    p = p * r + 5.55071327e-2f;
+    p = p * r + 2.40221197e-1f;
+    p = p * r + 6.93146967e-1f;
+    p = p * r + 1.00000007f;
+    p *= (vec)(((bits)shifted << 23) + (127u << 23));
+    return choose(is_zero, spread(0), p);
+}
+
+// How a row is drawn from: its largest logit, and what is left of it.
+typedef struct {
+    const scalar *logits;
+    int64_t size;
+    float most, sharpness;  // 1 / temperature
+    double whole;           // sum of e^(x - most)
+    double rest;            // sum of e^((x - most) * sharpness) of those that are no candidates
+} Row;
+
 // The candidates of a row: by logit, among equal ones by id.
 typedef struct {
     int64_t num;
@@ -111,27 +137,51 @@ typedef struct {
     int32_t last;           // and the last candidate that has it
 } Candidates;
 
-static void find_candidates(const scalar *row, int64_t size, const int32_t *largest, int64_t num,
-                            Candidates *found) {
-    // Of each group one logit is known: so many are not below this.
-    int32_t floor = find_edge(largest, NUM_GROUPS, num);
-    int64_t count = 0;
-    for (int64_t at = 0; at < size; at += LANES) {
-        ints order = order_of(logits_at(row, at, size));
-        for (uint32_t lanes = lanes_of(order >= floor); lanes; lanes &= lanes - 1) {
-            int lane = __builtin_ctz(lanes);
-            if (at + lane >= size) break;
-            found->ids[count] = (int32_t)(at + lane);
-            found->orders[count++] = order[lane];
+// Sums up what is below `floor`, and lists the others; returns how many these are.
+static int64_t sum_below(Row *row, float floor, Candidates *listed) {
+    int64_t size = row->size, count = 0;
+    for (int64_t tile = 0; tile < size; tile += TILE) {
+        vec whole = {0}, rest = {0};
+        for (int64_t at = tile; at < size && at < tile + TILE; at += LANES) {
+            vec x = logits_at(row->logits, at, size);
+            ints is_above = x >= floor;
+            uint32_t lanes = lanes_of(is_above);
+            if (lanes) {
+                ints order = order_of(x);
+                for (; lanes; lanes &= lanes - 1) {
+                    int lane = __builtin_ctz(lanes);
+                    if (at + lane >= size) break;
+                    listed->ids[count] = (int32_t)(at + lane);
+                    listed->orders[count++] = order[lane];
+                }
+                x = choose(is_above, spread(-INFINITY), x);
+            }
+            whole += exp_below(x - row->most, 1);
+            if (row->sharpness != 1) rest += exp_below(x - row->most, row->sharpness);
         }
+        row->whole += sum_of(whole);
+        row->rest += sum_of(row->sharpness != 1 ? rest : whole);
     }
+    return count;
+}
+
+static double weight_of(const Row *row, int32_t order) {
+    return exp(((double)value_of(order) - row->most) * row->sharpness);
+}
+
+// Of `count` listed tokens the `num` largest stay; the sums get their parts.
+static void choose_candidates(Row *row, int64_t count, int64_t num, Candidates *found) {
     for (int lane = 0; lane < LANES; lane++) found->orders[count + lane] = LOWEST;
     int32_t edge = find_edge(found->orders, count, num);
     int64_t room = num, kept = 0;
     for (int64_t at = 0; at < count; at++) room -= found->orders[at] > edge;
     for (int64_t at = 0; at < count; at++) {
         int32_t order = found->orders[at];
-        if (order < edge || (order == edge && room-- <= 0)) continue;
+        row->whole += exp((double)value_of(order) - row->most);
+        if (order < edge || (order == edge && room-- <= 0)) {
+            row->rest += weight_of(row, order);
+            continue;
+        }
         if (order == edge) found->last = found->ids[at];
         found->ids[kept] = found->ids[at];
         found->orders[kept++] = order;
@@ -141,33 +191,19 @@ static void find_candidates(const scalar *row, int64_t size, const int32_t *larg
 }
 
 // x / temperature - top of LANES tokens, -inf for those that are found.
-static inline vec rest_at(const scalar *row, int64_t at, int64_t size, float temperature, float top,
-                          const Candidates *found) {
-    vec x = logits_at(row, at, size);
+static inline vec rest_at(const Row *row, int64_t at, const Candidates *found) {
+    vec x = logits_at(row->logits, at, row->size);
     ints is_early = numbered() + (int32_t)at <= found->last;
     ints is_found = (x > found->edge) | ((x == found->edge) & is_early);
-    return choose(is_found, spread(-INFINITY), x / temperature - top);
-}
-
-// Sum of e^(x / temperature - top) of all tokens that are not found.
-static double sum_rest(const scalar *row, int64_t size, float temperature, float top,
-                       const Candidates *found) {
-    double sum = 0;
-    for (int64_t tile = 0; tile < size; tile += TILE) {
-        vec part = {0};
-        for (int64_t at = tile; at < size && at < tile + TILE; at += LANES)
-            part += exp_of(rest_at(row, at, size, temperature, top, found));
-        sum += sum_of(part);
-    }
-    return sum;
+    return choose(is_found, spread(-INFINITY), (x - row->most) * row->sharpness);
 }
 
 // One of the tokens that are not found, by the inverse of their cumulative distribution.
-static int64_t draw_from_rest(const scalar *row, int64_t size, float temperature, float top,
-                              const Candidates *found, double uniform) {
+static int64_t draw_from_rest(const Row *row, const Candidates *found, double uniform) {
+    int64_t size = row->size;
     wide sums[2] = {0}, terms[2];
     for (int64_t at = 0; at < size; at += LANES) {
-        exp_both(rest_at(row, at, size, temperature, top, found), terms);
+        exp_both(rest_at(row, at, found), terms);
         sums[0] += terms[0];
         sums[1] += terms[1];
     }
@@ -175,7 +211,7 @@ static int64_t draw_from_rest(const scalar *row, int64_t size, float temperature
     for (int lane = 0; lane < LANES; lane++) bound += ((double *)sums)[lane] * uniform;
     int64_t token = 0;
     for (int64_t at = 0; at < size; at += LANES) {
-        exp_both(rest_at(row, at, size, temperature, top, found), terms);
+        exp_both(rest_at(row, at, found), terms);
         for (int lane = 0; lane < LANES; lane++) {
             double term = ((double *)terms)[lane];
             sum += term;
@@ -193,22 +229,30 @@ typedef struct {
     float temperature;        // 0: the most likely token
 } Way;
 
-static void sample_row(const scalar *row, const Way *way, uint64_t key, uint64_t position,
+// The largest logit of each of `NUM_GROUPS` groups.
+static void find_largest(const scalar *logits, int64_t size, vec *largest) {
+    for (int part = 0; part < NUM_GROUPS / LANES; part++) largest[part] = spread(-INFINITY);
+    for (int64_t at = 0; at < size; at += LANES) {
+        vec *group = largest + at / LANES % (NUM_GROUPS / LANES);
+        *group = larger(logits_at(logits, at, size), *group);
+    }
+}
+
+static void sample_row(const scalar *logits, const Way *way, uint64_t key, uint64_t position,
                        Candidates *found, int64_t *token, float *logprob, int64_t *top_ids,
                        float *top_probs) {
-    int64_t size = way->size;
-    float temperature = way->temperature > 0 ? way->temperature : 1;
-    ints largest[NUM_GROUPS / LANES];
-    for (int part = 0; part < NUM_GROUPS / LANES; part++) largest[part] = (ints){0} + LOWEST;
-    for (int64_t at = 0; at < size; at += LANES) {
-        ints *group = largest + at / LANES % (NUM_GROUPS / LANES);
-        ints order = order_of(logits_at(row, at, size)), is_larger = order > *group;
-        *group = (order & is_larger) | (*group & ~is_larger);
-    }
-    int32_t first = find_edge((int32_t *)largest, NUM_GROUPS, 1);
-    float most = value_of(first), top = most / temperature;
-    const Candidates none = {.edge = INFINITY, .last = -1};
-    double log_total = most + log(sum_rest(row, size, 1, most, &none));
+    vec largest[NUM_GROUPS / LANES];
+    ints orders[NUM_GROUPS / LANES];
+    find_largest(logits, way->size, largest);
+    for (int part = 0; part < NUM_GROUPS / LANES; part++) orders[part] = order_of(largest[part]);
+    int32_t first = find_edge((int32_t *)orders, NUM_GROUPS, 1);
+    Row row = {.logits = logits, .size = way->size, .most = value_of(first)};
+    row.sharpness = way->temperature > 0 ? 1 / way->temperature : 1;
+    // Of each group one logit is known: so many are not below this.
+    int32_t floor = find_edge((int32_t *)orders, NUM_GROUPS, way->num_candidates);
+    int64_t count = sum_below(&row, value_of(floor), found);
+    choose_candidates(&row, count, way->num_candidates, found);
+    double log_total = row.most + log(row.whole);
     if (!isfinite(log_total)) {
         *token = -1;
         *logprob = NAN;
@@ -218,17 +262,16 @@ static void sample_row(const scalar *row, const Way *way, uint64_t key, uint64_t
         }
         return;
     }
-    find_candidates(row, size, (int32_t *)largest, way->num_candidates, found);
-    double weights[MOST_CANDIDATES], total = 0;
+    double weights[MOST_CANDIDATES], total = row.rest;
     for (int64_t at = found->num - 1; at >= 0; at--) {
         if (found->orders[at] == first) *token = found->ids[at];
-        weights[at] = exp((double)(get(row[found->ids[at]]) / temperature) - top);
+        weights[at] = weight_of(&row, found->orders[at]);
         total += weights[at];
     }
     if (way->temperature > 0) {
         // The largest log p + g, which is the least -log u / p.
         uint64_t place = mix(key + position * 0x9E3779B97F4A7C15);
-        double least = INFINITY, rest;
+        double least = INFINITY;
         for (int64_t at = 0; at < found->num; at++) {
             double time = -log(uniform(place, found->ids[at])) / weights[at];
             if (time < least) {
@@ -236,15 +279,10 @@ static void sample_row(const scalar *row, const Way *way, uint64_t key, uint64_t
                 *token = found->ids[at];
             }
         }
-        rest = sum_rest(row, size, temperature, top, found);
-        total += rest;
-        if (-log(uniform(place, REST)) / rest < least)
-            *token =
-                draw_from_rest(row, size, temperature, top, found, uniform(place, WITHIN_REST));
-    } else {
-        total = exp(log_total - most);
+        if (-log(uniform(place, REST)) / row.rest < least)
+            *token = draw_from_rest(&row, found, uniform(place, WITHIN_REST));
     }
-    *logprob = (float)(get(row[*token]) - log_total);
+    *logprob = (float)(get(logits[*token]) - log_total);
     for (int64_t at = 0; at < way->num_top; at++) {
         int64_t best = 0;
         for (int64_t other = 1; other < found->num; other++)
