@@ -17,7 +17,6 @@ Used by: the workers (`PartWriter`), resuming (`read_finished`, `read_distributi
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Self
 
@@ -215,7 +214,7 @@ def completion_row(
 def step_row(stats: StepStats, *, worker_id: str, attempt_id: int, step: int) -> dict[str, Any]:
     """The row of an engine step."""
     return {
-        **asdict(stats),
+        **{name: getattr(stats, name) for name in StepStats.__slots__},
         "worker_id": worker_id,
         "attempt_id": attempt_id,
         "step": step,

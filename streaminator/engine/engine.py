@@ -173,6 +173,8 @@ class Engine:
         while self.has_work:
             yield from self.step()
 
+    # Once per step: to enter it takes tens of microseconds.
+    @torch.inference_mode()
     def step(self) -> list[Completion]:
         """Run one forward; returns the completions that ended with it.
 
@@ -191,17 +193,16 @@ class Engine:
         clock.lap("pack")
         logits = self.runner.forward(batch, self._cache)
         clock.lap("forward")
-        with torch.inference_mode():
-            tokens, logprobs, top_ids, top_probs = to_host(
-                sample(
-                    logits,
-                    batch.noise_keys,
-                    batch.noise_positions,
-                    self._sampling,
-                    self._speculation.num_top,
-                    self.runner.kernels,
-                )
+        tokens, logprobs, top_ids, top_probs = to_host(
+            sample(
+                logits,
+                batch.noise_keys,
+                batch.noise_positions,
+                self._sampling,
+                self._speculation.num_top,
+                self.runner.kernels,
             )
+        )
         clock.lap("sample")
         verdicts = verify(sequences, tokens, logprobs)
         clock.lap("verify")

@@ -218,10 +218,9 @@ class ModelRunner:
             pads=self._graphs is not None and self._reads_blocks(block_size),
         )
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Logits [R, V] of the batch's sampled rows, until the next call; keys and values go to the
-        cache.
+        cache. To be called in PyTorch's inference mode.
         """
         if self._fused:
             logits = self._fused(batch, cache)

@@ -6,6 +6,7 @@ Used by: `engine.Engine`.
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,10 +91,12 @@ class Speculation:
         alternatives: list[dict[int, int]] = [{} for _ in drafting]
         if self.budget and seconds is not None and survival is not None:
             num_tokens = sum(s.num_scheduled_tokens for s in sequences)
-            pays = self.budget.cut(survival, num_tokens, len(drafting))
-            chains = [c[:num] for c, num in zip(chains, pays[:, 0].sum(1).tolist(), strict=True)]
-            for row, place in zip(*pays[:, 1].nonzero(), strict=True):
-                alternatives[row][int(place)] = int(seconds[row, place])
+            pays = self.budget.cut(survival, num_tokens, len(drafting)).tolist()
+            chains = [c[: sum(along)] for c, (along, _) in zip(chains, pays, strict=True)]
+            alternatives = [
+                dict(compress(enumerate(tokens), does))
+                for tokens, (_, does) in zip(seconds, pays, strict=True)
+            ]
         for sequence, chain, beside in zip(drafting, chains, alternatives, strict=True):
             if chain:
                 num = reserve(sequence, len(chain))

@@ -191,6 +191,7 @@ def _repeat(
                 seconds[size] = min(taken, step(size))
 
 
+@torch.inference_mode()
 def _step(
     runner: ModelRunner,
     cache: KVCache,
@@ -223,7 +224,6 @@ def _step(
     start = time.perf_counter()
     batch = runner.pack(sequences, cache.block_size)
     logits = runner.forward(batch, cache)
-    with torch.inference_mode():
-        keys, positions = batch.noise_keys, batch.noise_positions
-        sample(logits, keys, positions, sampling, num_top, runner.kernels).tokens.cpu()
+    keys, positions = batch.noise_keys, batch.noise_positions
+    sample(logits, keys, positions, sampling, num_top, runner.kernels).tokens.cpu()
     return time.perf_counter() - start

@@ -109,9 +109,10 @@ class MemoryStore:
         """Draft up to `caps[i]` tokens for `sequences[i]`, while they are likely above `floor`."""
         self._memory.min_survival = floor
         drafts = self._memory.draft(self._arrange(sequences), np.array(caps, np.int64))
-        rows = zip(drafts.tokens[:, 0].tolist(), drafts.lengths.tolist(), strict=True)
-        chains = [row[:num] for row, num in rows]
-        return Guesses(chains, drafts.tokens[:, 1], drafts.survival)
+        tokens = drafts.tokens.tolist()
+        rows = zip(tokens, drafts.lengths.tolist(), strict=True)
+        chains = [chain[:num] for (chain, _), num in rows]
+        return Guesses(chains, [beside for _, beside in tokens], drafts.survival)
 
     def commit_all(
         self,

@@ -46,7 +46,7 @@ class Guesses(NamedTuple):
 
     chains: list[list[int]]
     """[n] tokens one after another."""
-    seconds: NDArray[np.int64] | None = None
+    seconds: list[list[int]] | None = None
     """[n, k] at each place of a chain the second choice; None: there are none."""
     survival: NDArray[np.float32] | None = None
     """[n, 2, k] chance that a token of the chain, and all before it, is accepted, and that the

@@ -60,7 +60,7 @@ def guess_with(engine: Engine, reference: Draws, seed: int, chance: float) -> No
 
     def draft_all(sequences: Seq[Sequence], caps: Seq[int], floor: float) -> Guesses:
         width = max(caps, default=0)
-        seconds = np.zeros((len(sequences), width), np.int64)
+        seconds = [[0] * width for _ in sequences]
         survival = np.zeros((len(sequences), 2, width), np.float32)
         chains = []
         for row, (sequence, cap) in enumerate(zip(sequences, caps, strict=True)):
@@ -72,7 +72,7 @@ def guess_with(engine: Engine, reference: Draws, seed: int, chance: float) -> No
             survival[row, 0, : len(right)] = 1
             for place, token in enumerate(right):
                 is_right = place == turn and generator.random() < chance
-                seconds[row, place] = token if is_right else other_than(token)
+                seconds[row][place] = token if is_right else other_than(token)
                 survival[row, 1, place] = generator.random() < 0.7
         return Guesses(chains, seconds, survival)
 
