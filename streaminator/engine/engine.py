@@ -173,7 +173,7 @@ class Engine:
         while self.has_work:
             yield from self.step()
 
-    # Once per step: to enter it takes tens of microseconds.
+    # Entered here, once per step: that takes tens of microseconds.
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         """Run one forward; returns the completions that ended with it.

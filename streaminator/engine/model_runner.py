@@ -222,6 +222,7 @@ class ModelRunner:
         """Logits [R, V] of the batch's sampled rows, until the next call; keys and values go to the
         cache. To be called in PyTorch's inference mode.
         """
+        assert torch.is_inference_mode_enabled(), "autograd would keep every step's activations"
         if self._fused:
             logits = self._fused(batch, cache)
         elif self._graphs:

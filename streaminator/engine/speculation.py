@@ -94,8 +94,8 @@ class Speculation:
             pays = self.budget.cut(survival, num_tokens, len(drafting)).tolist()
             chains = [c[: sum(along)] for c, (along, _) in zip(chains, pays, strict=True)]
             alternatives = [
-                dict(compress(enumerate(tokens), does))
-                for tokens, (_, does) in zip(seconds, pays, strict=True)
+                dict(compress(enumerate(tokens), pay))
+                for tokens, (_, pay) in zip(seconds, pays, strict=True)
             ]
         for sequence, chain, beside in zip(drafting, chains, alternatives, strict=True):
             if chain:

@@ -20,7 +20,7 @@ from streaminator.speculative.speculator import Gain, Guesses
 def _warm_up() -> None:
     """Compile, or load what was compiled before, so that the first steps are not measured by it."""
     memory = Memory(max_bytes=1 << 20, noise=True)
-    memory.open("", range(64), ())  # more than a table begins with: it grows
+    memory.open("", range(64), ())  # more than a new table has room for, so that it grows
     handles = np.array([memory.start("", (0, 1), 0)])
     memory.draft(handles, np.array([2]))
     ids, probs = np.zeros((2, 1), np.int64), np.ones((2, 1), np.float32)

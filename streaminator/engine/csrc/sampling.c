@@ -103,8 +103,8 @@ static double uniform(uint64_t place, int64_t token) {
     return ((double)(bits >> 12) + 0.5) * 0x1p-52;
 }
 
-// e^(x * scale) for x up to 0, within about an ulp of x * scale; exactly 0 below -87, NaN for NaN
-// (minimax polynomial of 2^r).
+// e^(x * scale) for x up to 0, as exact as float32's x * scale; 0 where that is below 2^-126, NaN for
+// NaN. A minimax polynomial of 2^r.
 static inline vec exp_below(vec x, float scale) {
     x *= scale * 1.44269504f;
     ints is_zero = x < -126.0f;
@@ -120,13 +120,14 @@ static inline vec exp_below(vec x, float scale) {
     return choose(is_zero, spread(0), p);
 }
 
-// How a row is drawn from: its largest logit, and what is left of it.
+// A row, and the sums that it is drawn by.
 typedef struct {
     const scalar *logits;
     int64_t size;
-    float most, sharpness;  // 1 / temperature
-    double whole;           // sum of e^(x - most)
-    double rest;            // sum of e^((x - most) * sharpness) of those that are no candidates
+    float temperature;  // 1 where the most likely token is taken
+    float most;         // the largest logit
+    double whole;       // sum of e^(x - most)
+    double rest;        // sum of e^((x - most) / temperature) of those that are no candidates
 } Row;
 
 // The candidates of a row: by logit, among equal ones by id.
@@ -140,6 +141,7 @@ typedef struct {
 // Sums up what is below `floor`, and lists the others; returns how many these are.
 static int64_t sum_below(Row *row, float floor, Candidates *listed) {
     int64_t size = row->size, count = 0;
+    float sharpness = 1 / row->temperature;
     for (int64_t tile = 0; tile < size; tile += TILE) {
         vec whole = {0}, rest = {0};
         for (int64_t at = tile; at < size && at < tile + TILE; at += LANES) {
@@ -157,19 +159,20 @@ static int64_t sum_below(Row *row, float floor, Candidates *listed) {
                 x = choose(is_above, spread(-INFINITY), x);
             }
             whole += exp_below(x - row->most, 1);
-            if (row->sharpness != 1) rest += exp_below(x - row->most, row->sharpness);
+            if (sharpness != 1) rest += exp_below(x - row->most, sharpness);
         }
         row->whole += sum_of(whole);
-        row->rest += sum_of(row->sharpness != 1 ? rest : whole);
+        row->rest += sum_of(sharpness != 1 ? rest : whole);
     }
     return count;
 }
 
 static double weight_of(const Row *row, int32_t order) {
-    return exp(((double)value_of(order) - row->most) * row->sharpness);
+    // Divided in float32, as PyTorch does it.
+    return exp((double)(value_of(order) / row->temperature) - row->most / row->temperature);
 }
 
-// Of `count` listed tokens the `num` largest stay; the sums get their parts.
+// Keeps the `num` largest of `count` listed tokens; adds all of them to `whole`, the others to `rest`.
 static void choose_candidates(Row *row, int64_t count, int64_t num, Candidates *found) {
     for (int lane = 0; lane < LANES; lane++) found->orders[count + lane] = LOWEST;
     int32_t edge = find_edge(found->orders, count, num);
@@ -190,12 +193,12 @@ static void choose_candidates(Row *row, int64_t count, int64_t num, Candidates *
     found->edge = value_of(edge);
 }
 
-// x / temperature - top of LANES tokens, -inf for those that are found.
+// (x - most) / temperature of LANES tokens, -inf for those that are found.
 static inline vec rest_at(const Row *row, int64_t at, const Candidates *found) {
     vec x = logits_at(row->logits, at, row->size);
     ints is_early = numbered() + (int32_t)at <= found->last;
     ints is_found = (x > found->edge) | ((x == found->edge) & is_early);
-    return choose(is_found, spread(-INFINITY), (x - row->most) * row->sharpness);
+    return choose(is_found, spread(-INFINITY), (x - row->most) / row->temperature);
 }
 
 // One of the tokens that are not found, by the inverse of their cumulative distribution.
@@ -229,7 +232,7 @@ typedef struct {
     float temperature;        // 0: the most likely token
 } Way;
 
-// The largest logit of each of `NUM_GROUPS` groups.
+// The largest logit of each of `NUM_GROUPS` groups. NaN is passed over here, and makes the sums NaN.
 static void find_largest(const scalar *logits, int64_t size, vec *largest) {
     for (int part = 0; part < NUM_GROUPS / LANES; part++) largest[part] = spread(-INFINITY);
     for (int64_t at = 0; at < size; at += LANES) {
@@ -247,12 +250,13 @@ static void sample_row(const scalar *logits, const Way *way, uint64_t key, uint6
     for (int part = 0; part < NUM_GROUPS / LANES; part++) orders[part] = order_of(largest[part]);
     int32_t first = find_edge((int32_t *)orders, NUM_GROUPS, 1);
     Row row = {.logits = logits, .size = way->size, .most = value_of(first)};
-    row.sharpness = way->temperature > 0 ? 1 / way->temperature : 1;
+    row.temperature = way->temperature > 0 ? way->temperature : 1;
     // Of each group one logit is known: so many are not below this.
     int32_t floor = find_edge((int32_t *)orders, NUM_GROUPS, way->num_candidates);
     int64_t count = sum_below(&row, value_of(floor), found);
     choose_candidates(&row, count, way->num_candidates, found);
     double log_total = row.most + log(row.whole);
+    // A row with NaN may have listed fewer than there should be; it ends here.
     if (!isfinite(log_total)) {
         *token = -1;
         *logprob = NAN;
