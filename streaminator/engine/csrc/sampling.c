@@ -104,7 +104,8 @@ static double uniform(uint64_t place, int64_t token) {
 }
 
 // e^(x * scale) for x up to 0, as exact as float32's x * scale; 0 where that is below 2^-126, NaN for
-// NaN. A minimax polynomial of 2^r.
+// NaN. A minimax polynomial of 2^r. Beside `exp_of`, which is also for numbers above 0, because a row of a
+// large vocabulary takes a fifth longer with that.
 static inline vec exp_below(vec x, float scale) {
     x *= scale * 1.44269504f;
     ints is_zero = x < -126.0f;
