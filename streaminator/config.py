@@ -90,7 +90,14 @@ class ModelConfig:
     )
     compiled_kernels: bool = _option(
         True,
-        "on a CPU: compile kernels for it, which fuse the layers of Llama-like models; needs packed_linear",
+        "compile kernels that fuse the layers of Llama-like models; on a CPU they need packed_linear, "
+        "on a GPU paged_attention",
+        tokens=True,
+    )
+    batch_invariant: bool = _option(
+        True,
+        "on a GPU: fused layers multiply by own kernels, so that a token's logits do not depend on "
+        "its batch; else by PyTorch's",
         tokens=True,
     )
     paged_attention: bool = _option(

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from streaminator.engine.attention import LayerCall, Stream
-from streaminator.engine.batch import pack
+from streaminator.engine.attention import LayerCall
+from streaminator.engine.batch import Batch
 from streaminator.engine.compile_kernels import KernelsMissingError
 from streaminator.engine.kernels import (
     BLOCK_SIZE,
@@ -33,21 +33,16 @@ from streaminator.engine.kernels import (
     shape_of,
 )
 from streaminator.engine.kv_cache import KVCache
+from streaminator.engine.llama_like import (
+    Forward,
+    NotFusedError,
+    Rotary,
+    computes_the_same,
+    eps_of,
+    head_norms,
+    layers_of,
+)
 from streaminator.engine.packed_linear import Packer, Product
-from streaminator.sequence import Prompt
-from streaminator.sequence import Sequence as TokenSequence
-
-Rotary = tuple[torch.Tensor, torch.Tensor]
-"""Cosine and sine [T, H] of the packed rows' positions."""
-
-_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_NORMS = {"q_norm", "k_norm"}
-_MLP = {"gate_proj", "up_proj", "down_proj"}
-
-
-class NotFusedError(Exception):
-    """A model's layers stay as they are, for the reason given."""
 
 
 class FusedLayer:
@@ -60,7 +55,7 @@ class FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
         self.index: int = attention.layer_idx
         self._norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        self._head_norms = _head_norms(attention)
+        self._head_norms = head_norms(attention)
         self._sources = [
             [attention.q_proj, attention.k_proj, attention.v_proj],
             [attention.o_proj],
@@ -181,13 +176,9 @@ def fuse_layers(
 
     Raises: NotFusedError naming the reason.
     """
-    layers: list[Any] = list(getattr(decoder, "layers", []))
-    if len(layers) != len(calls) or not hasattr(decoder, "rotary_emb"):
-        raise NotFusedError(f"{type(decoder).__name__} is not built like a Llama's")
+    layers = layers_of(decoder, calls)
     if block_size != BLOCK_SIZE:
         raise NotFusedError(f"they need --block_size {BLOCK_SIZE}")
-    for layer in layers:
-        _check(layer, calls)
     dtype = layers[0].mlp.down_proj.weight.dtype
     try:
         kernels = {d: Kernels(d, calls[0].shape.key_dim) for d in {dtype, torch.float32}}
@@ -206,117 +197,25 @@ def fuse_layers(
     return FusedStack(fused)
 
 
-def _check(layer: Any, calls: dict[int, LayerCall]) -> None:
-    """Raises: NotFusedError when a layer has not the parts that are known, and no others."""
-    name = type(layer).__name__
-    if {child for child, _ in layer.named_children()} != _PARTS:
-        raise NotFusedError(f"{name} has other parts than a Llama's")
-    attention, mlp = layer.self_attn, layer.mlp
-    call = calls[attention.layer_idx]
-    shape = call.shape
-    parts = {child for child, _ in attention.named_children()} - {"rotary_emb"}
-    if parts not in (_ATTENTION, _ATTENTION | _NORMS):
-        raise NotFusedError(f"{type(attention).__name__} has other parts than a Llama's")
-    if {child for child, _ in mlp.named_children()} - {"act_fn"} != _MLP:
-        raise NotFusedError(f"{type(mlp).__name__} has other parts than a Llama's")
-    products = [getattr(attention, part) for part in _ATTENTION] + [getattr(mlp, p) for p in _MLP]
-    if any(type(product) is not torch.nn.Linear for product in products):
-        raise NotFusedError(f"{name} has products of other kinds than torch's Linear")
-    if len({parameter.dtype for parameter in layer.parameters()}) > 1:
-        raise NotFusedError(f"{name} has weights of several types")
-    sizes = (mlp.down_proj.in_features, mlp.down_proj.out_features, shape.key_dim)
-    if any(size % 16 for size in sizes) or shape.value_dim != shape.key_dim or call.softcap:
-        raise NotFusedError(f"{name} has sizes or scores that the kernels do not know")
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    head_norms = _head_norms(attention)
-    dims = [sizes[1]] * 2 + [shape.key_dim] * len(head_norms)
-    for norm, dim in zip(norms + head_norms, dims, strict=True):
-        check_norm(norm, dim)
-
-
-def check_norm(norm: Any, dim: int) -> None:
-    """Raises: NotFusedError when it has not the parts of a Llama's norm of rows [dim]."""
-    is_known = getattr(norm, "weight", None) is not None and eps_of(norm) is not None
-    if not is_known or norm.weight.shape != (dim,) or getattr(norm, "bias", None) is not None:
-        raise NotFusedError(f"{type(norm).__name__} is not a Llama's norm")
-
-
-@torch.inference_mode()
 def _computes_the_same(
     layer: Any, decoder: Any, call: LayerCall, kernels: Kernels, packer: Packer
 ) -> bool:
-    """Whether the fused layer, and a stack of it, agree with the layer, in float32, on made-up rows."""
+    """Whether the fused layer, and a stack of it, agree with the layer, in float32."""
     layer = copy.deepcopy(layer).float()
-    index: int = layer.self_attn.layer_idx
-    generator = torch.Generator().manual_seed(index)
-    results = []
     fused = FusedLayer(layer, call, kernels, packer)
     if not fused.can_pack():
         return False
     fused.pack()
-    for forward in (layer, fused, FusedStack([fused])):
-        generator.manual_seed(index)
-        options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
-        cache = KVCache({index: call.shape}, num_blocks=8, block_size=BLOCK_SIZE, **options)
-        deltas = []
-        for batch in _made_up_steps():
-            x = torch.randn(
-                batch.positions.shape[1], layer.mlp.down_proj.out_features, generator=generator
-            )
-            cosine, sine = decoder.rotary_emb(x[None], position_ids=batch.positions)
-            if forward is layer:
-                rotary, stream = (cosine, sine), Stream(batch, cache)
-                result = layer(
-                    x[None], position_embeddings=rotary, stream=stream, attention_mask=None
-                )
-                if not isinstance(result, torch.Tensor):
-                    return False
-                result = result[0]
-            else:
-                assert batch.lines is not None
-                result = forward(x.clone(), (cosine[0], sine[0]), cache, lines_of(batch.lines))
-            deltas.append((result - x)[: batch.num_tokens])
-        results.append(torch.cat(deltas))
-    plain, *others = results
-    return all(is_near(plain, other) for other in others)
 
+    def through(forward: FusedLayer | FusedStack) -> Forward:
+        def run(x: torch.Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> torch.Tensor:
+            assert batch.lines is not None
+            return forward(x, rotary, cache, lines_of(batch.lines))
 
-def is_near(plain: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two float32 results are the same but for rounding."""
-    # What rows are is about 1; float32 keeps 1e-7 of it.
-    limit = 1e-3 * plain.abs().max() + 1e-5
-    return bool((plain - other).abs().max() <= limit)
+        return run
 
-
-def _made_up_steps() -> list[Any]:
-    """Two sequences' prefill, then a step with drafts and a second choice."""
-    prompt = Prompt(prompt_id="", token_ids=(0,) * 40, text="", question="")
-    lengths, tables = (21, 40), ([1, 2], [3, 4, 5])
-    first = [
-        TokenSequence(prompt, 0, [0] * n, 0, 0, 0.0, block_table=t, num_scheduled_tokens=n)
-        for n, t in zip(lengths, tables, strict=True)
-    ]
-    then = [
-        TokenSequence(
-            prompt, 0, [0] * (n + 1), 0, 0, 0.0,
-            block_table=t, num_cached_tokens=n, num_scheduled_tokens=1, draft=[0] * 3,
-            alternatives={1: 0},
-        )
-        for n, t in zip(lengths, tables, strict=True)
-    ]  # fmt: skip
-    device = torch.device("cpu")
-    return [pack(step, block_size=BLOCK_SIZE, device=device) for step in (first, then)]
-
-
-def _head_norms(attention: Any) -> list[Any]:
-    """Of queries and of keys, if there are such."""
-    has_norms = getattr(attention, "q_norm", None) is not None
-    return [attention.q_norm, attention.k_norm] if has_norms else []
-
-
-def eps_of(norm: Any) -> Any:
-    """Its epsilon, None without one."""
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    forwards = [through(fused), through(FusedStack([fused]))]
+    return computes_the_same(layer, decoder, call, BLOCK_SIZE, forwards)
 
 
 def _join(layers: Sequence[torch.nn.Linear]) -> torch.Tensor:

@@ -8,27 +8,24 @@ layers, norm and head that pass on what they are given, what comes out is the to
 Used by: `model_runner`.
 """
 
-import copy
 from typing import Any
 
 import torch
 
 from streaminator.engine.attention import LayerCall
 from streaminator.engine.batch import ROW_MULTIPLE, Batch
-from streaminator.engine.fused_layers import (
-    FusedStack,
-    NotFusedError,
-    Rotary,
-    check_norm,
-    eps_of,
-    fuse_layers,
-    is_near,
-)
+from streaminator.engine.fused_layers import FusedStack, fuse_layers
 from streaminator.engine.kernels import KERNEL_ROW_MULTIPLE, Kernels, lines_of
 from streaminator.engine.kv_cache import KVCache
+from streaminator.engine.llama_like import (
+    NotFusedError,
+    Rotary,
+    eps_of,
+    is_all_there_is,
+    norms_the_same,
+    parts_of,
+)
 from streaminator.engine.packed_linear import Packer
-
-_ROWS = 8  # that models are tried with
 
 
 class FusedModel:
@@ -132,79 +129,12 @@ def fuse_model(
 
     Raises: NotFusedError naming the reason.
     """
-    name = type(model).__name__
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    norm = getattr(decoder, "norm", None)
-    if norm is None or head is None:
-        raise NotFusedError(f"{name} is not built like a Llama")
-    embedding = model.get_input_embeddings()
-    check_norm(norm, embedding.embedding_dim)
-    stack = fuse_layers(decoder, calls, block_size, packer)
-    if any(x.weight.dtype != stack.kernels.dtype for x in (embedding, norm, head)):
-        raise NotFusedError(f"{name} has weights of several types")
-    if not _norms_the_same(norm, Kernels(torch.float32, calls[0].shape.key_dim)):
+    stack = fuse_layers(model.get_decoder(), calls, block_size, packer)
+    norm = parts_of(model, stack.kernels.dtype).norm
+    plain = Kernels(torch.float32, calls[0].shape.key_dim)
+    if not norms_the_same(norm, lambda x, norm: plain.rms_norm(x, norm.weight, eps_of(norm))):
         raise NotFusedError(f"{type(norm).__name__} computes something else than a Llama's")
     fused = FusedModel(model, stack, max_length)
-    if not _is_all_there_is(model, fused):
-        raise NotFusedError(f"{name} computes something around its layers")
+    if not is_all_there_is(model, lambda *rows: fused.embed(*rows, end=1 + int(rows[1].max()))):
+        raise NotFusedError(f"{type(model).__name__} computes something around its layers")
     return fused
-
-
-@torch.inference_mode()
-def _norms_the_same(norm: Any, kernels: Kernels) -> bool:
-    """Whether the kernels' norm agrees with the model's, in float32, on made-up rows."""
-    norm = copy.deepcopy(norm).float()
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(_ROWS, len(norm.weight), generator=generator)
-    return is_near(norm(rows), kernels.rms_norm(rows, norm.weight, eps_of(norm)))
-
-
-@torch.inference_mode()
-def _is_all_there_is(model: Any, fused: FusedModel) -> bool:
-    """Whether, with layers, norm and head that pass on what they get, embeddings come out."""
-    decoder = model.get_decoder()
-    parts = [*decoder.layers, decoder.norm, model.get_output_embeddings()]
-    given: list[torch.Tensor] = []
-    rotations: list[Rotary] = []
-
-    def pass_on(
-        x: torch.Tensor, *_: Any, position_embeddings: Rotary | None = None, **__: Any
-    ) -> torch.Tensor:
-        given.append(x)
-        if position_embeddings is not None:
-            rotations.append(position_embeddings)
-        return x
-
-    tokens = torch.arange(_ROWS) % fused.vocab_size
-    positions = torch.arange(_ROWS).flip(0)
-    kept = torch.arange(0, _ROWS, 2)
-    forwards = [part.forward for part in parts]
-    try:
-        for part in parts:
-            part.forward = pass_on
-        logits = model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            logits_to_keep=kept,
-            use_cache=False,
-        ).logits
-    finally:
-        for part, forward in zip(parts, forwards, strict=True):
-            part.forward = forward
-    embedded, rotary = fused.embed(tokens, positions, _ROWS)
-    return (
-        len(given) == len(parts)
-        and len(rotations) == len(decoder.layers)
-        and all(x is given[0] for x in given[:-1])
-        and _are_equal(given[0][0], embedded)
-        and _are_equal(logits[0], embedded[kept])
-        and all(
-            _are_equal(one[0], other)
-            for rotation in rotations
-            for one, other in zip(rotation, rotary, strict=True)
-        )
-    )
-
-
-def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

@@ -20,10 +20,11 @@ from streaminator.engine.batch import ROW_MULTIPLE, Batch, pack
 from streaminator.engine.checkpoint import load_model
 from streaminator.engine.compile_kernels import KernelsMissingError
 from streaminator.engine.device import resolve_device, resolve_dtype
-from streaminator.engine.fused_layers import NotFusedError
 from streaminator.engine.fused_model import FusedModel, fuse_model
+from streaminator.engine.gpu_model import GpuModel, fuse_gpu_model
 from streaminator.engine.kernels import Kernels
 from streaminator.engine.kv_cache import KVCache, bytes_per_block
+from streaminator.engine.llama_like import NotFusedError
 from streaminator.engine.packed_linear import Packer, find_packable, pack_linear
 from streaminator.engine.paged_trial import why_not_paged
 from streaminator.engine.reproducible import separate_expert_rows
@@ -63,6 +64,9 @@ class ModelRunner:
         self._not_fused = ""
         self._pages = config.paged_attention and self.device.type == "cuda"
         self._use_paged: dict[int, bool] = {}
+        self._fuses_on_gpu = config.compiled_kernels
+        self._batch_invariant = config.batch_invariant
+        self._gpu_model: GpuModel | None = None
         self._graphs: StepGraphs | None = None
         if self._pages and config.cuda_graphs:
             self._graphs = StepGraphs(partial(CudaCapture, self.device))
@@ -237,6 +241,8 @@ class ModelRunner:
         return self._graphs is None or self._graphs.was_usual
 
     def _run_model(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        if self._gpu_model and self._reads_blocks(cache.block_size):
+            return self._gpu_model(batch, cache)
         output = self.model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
@@ -268,7 +274,7 @@ class ModelRunner:
         """Whether they run fused, in words; "" where nothing fuses them."""
         if self._not_fused:
             return f"not fused: {self._not_fused}"
-        return "fused" if self._fused else ""
+        return "fused" if self._fused or self._gpu_model else ""
 
     def memory_in_use(self) -> int:
         """Bytes: torch's on a GPU, this process's resident set on a CPU, as of 0.1 s ago at most."""
@@ -295,6 +301,14 @@ class ModelRunner:
         self._use_paged[block_size] = reason is None
         if reason is not None:
             _log.warning("attention gathers its keys, which is slower: %s", reason)
+        elif self._fuses_on_gpu:
+            self._fuses_on_gpu = False  # tried once
+            try:
+                self._gpu_model = fuse_gpu_model(
+                    self.model, self._calls, block_size, batch_invariant=self._batch_invariant
+                )
+            except NotFusedError as error:
+                self._not_fused = str(error)
 
     @torch.inference_mode()
     def _probe(self) -> dict[int, LayerCall]:
