@@ -119,6 +119,16 @@ def load_runner(folder: Path, dtype: str) -> ModelRunner:
     return ModelRunner(ModelConfig(model_name=str(folder), dtype=dtype, device="cpu"))
 
 
+def load_gpu_like_runner(folder: Path, dtype: str = "float32", **changes: Any) -> ModelRunner:
+    """The model as the stream runs it on a GPU, without graphs; in Triton's interpreter."""
+    config = ModelConfig(
+        model_name=str(folder), dtype=dtype, device="cpu", packed_linear=False, **changes
+    )
+    runner = ModelRunner(config)
+    runner._pages = True
+    return runner
+
+
 def letters_tokenizer() -> PreTrainedTokenizerFast:
     """Token i is a pair of letters of its own, 0 the end of text; decoding only joins them."""
     alphabet = "abcdefghijkl"

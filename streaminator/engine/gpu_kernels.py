@@ -104,7 +104,8 @@ def add_norm(
         tl.store(x + place, row, mask=mask)
     row = row.to(tl.float32)
     scale = tl.rsqrt(tl.sum(row * row, 0) / D + eps)
-    row = (row * scale).to(x.dtype.element_ty) * tl.load(weight + d, mask=mask, other=0.0)
+    row = (row * scale).to(x.dtype.element_ty).to(tl.float32)
+    row *= tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
     tl.store(normed + place, row, mask=mask)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the paged kernels for NVIDIA cards of the given capabilities; prints shared memory.
+"""Compile the kernels for NVIDIA cards of the given capabilities; prints shared memory.
 
 A program of its own, because Triton either interprets or compiles for as long as it is imported.
 """
@@ -11,41 +11,47 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from streaminator.engine import paged_kernels
+from streaminator.engine import gpu_kernels, gpu_products, paged_kernels
 from streaminator.engine.paged_attention import SPLIT, key_step, tile_height
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-FLOATS = ("output", "queries", "keys", "values", "own_keys", "own_values")
+NUMBERS = {
+    **dict.fromkeys(("parts", "log_sums", "qkv", "out"), "*fp32"),
+    **dict.fromkeys(("rows", "positions", "table", "slots"), "*i64"),
+    **dict.fromkeys(("scale", "softcap", "eps"), "fp32"),
+}
+"""Other arguments are of the model's type, or, if they are named so, integers."""
+INTEGERS = ("_token", "_head", "_size", "_splits", "_inputs", "_outputs", "_rows", "_slots")
+ALIGNED = ("_token", "_head", "_size", "_inputs", "_outputs")
 
 
-def shared_memory(kernel, capability, dtype, num_warps, **constants):
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in FLOATS:
-            signature[name] = "*" + NAMES[dtype]
-        elif name in ("parts", "log_sums"):
-            signature[name] = "*fp32"
-        elif name in ("rows", "positions", "table"):
-            signature[name] = "*i64"
-        else:
-            signature[name] = "fp32" if name in ("scale", "softcap") else "i32"
+def kind_of(name, dtype):
+    if name in NUMBERS:
+        return NUMBERS[name]
+    is_integer = name.endswith(INTEGERS) or name in ("num_queries", "line", "num_blocks", "window")
+    return "i32" if is_integer else "*" + NAMES[dtype]
+
+
+def shared_memory(kernel, capability, dtype, num_warps, num_stages=2, **constants):
+    signature = {
+        name: "constexpr" if name in constants else kind_of(name, dtype)
+        for name in kernel.arg_names
+    }
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.endswith(("_token", "_head"))
+        if kind.startswith("*") or name.endswith(ALIGNED)
     }
     compiled = triton.compile(
         ASTSource(kernel, signature, places, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": 2},
+        options={"num_warps": num_warps, "num_stages": num_stages},
     )
     return compiled.metadata.shared
 
 
-def compile_all(capability):
+def compile_paged(capability):
     merge = {"N": 32, "V": 128, "V_PADDED": 128, "SPLIT": SPLIT}
     yield shared_memory(paged_kernels.merge, capability, torch.bfloat16, 1, **merge)
     for dtype, num_groups, dim, padded, has_own, has_softcap in (
@@ -63,6 +69,28 @@ def compile_all(capability):
         yield shared_memory(paged_kernels.attend, capability, dtype, 4, **constants)
 
 
+def compile_layers(capability):
+    low, high = gpu_products._LOW_ROWS, gpu_products._HIGH_ROWS
+    for dtype, rows, num_stages, has_bias in (
+        (torch.bfloat16, low, 4, False),
+        (torch.float16, high, 3, True),
+        (torch.float32, low, 4, False),
+    ):
+        step = gpu_products._STEP_BYTES // dtype.itemsize
+        constants = {"ROWS": rows, "OUTPUTS": 128, "STEP": step, "HAS_BIAS": has_bias}
+        yield shared_memory(
+            gpu_kernels.multiply, capability, dtype, rows // 16, num_stages, **constants
+        )
+    bf16 = torch.bfloat16
+    norm = {"D": 3072, "D_PADDED": 4096, "C": 6}
+    yield shared_memory(gpu_kernels.add_norm, capability, bf16, 8, **norm)
+    silu = {"D": 8192, "SIZE": 1024, "C": 1}
+    yield shared_memory(gpu_kernels.silu_mul, capability, bf16, 4, **silu)
+    rotate = {"N": 24, "K": 8, "H": 128, "HALF_PADDED": 64, "HEADS": 8, "HAS_NORMS": True, "C": 4}
+    yield shared_memory(gpu_kernels.rotate, capability, bf16, 4, **rotate)
+
+
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        sys.stdout.write("".join(f"{used}\n" for used in compile_all(int(argument))))
+        for compile_some in (compile_paged, compile_layers):
+            sys.stdout.write("".join(f"{used}\n" for used in compile_some(int(argument))))

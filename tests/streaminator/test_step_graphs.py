@@ -25,6 +25,7 @@ from tests.fakes import (
     NO_SPECULATION,
     Draws,
     draw,
+    load_gpu_like_runner,
     make_prompt,
     random_tokens,
     save_model,
@@ -65,9 +66,7 @@ class Captures:
 
 def paged_runner(folder: Path, capture: Callable[[Work], Work]) -> ModelRunner:
     """A runner that pages on the CPU, and captures."""
-    config = ModelConfig(model_name=str(folder), dtype="float32", device="cpu", packed_linear=False)
-    runner = ModelRunner(config)
-    runner._pages = True
+    runner = load_gpu_like_runner(folder)
     runner._graphs = StepGraphs(lambda: capture)
     return runner
 
@@ -77,25 +76,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"), "Llama", dtype=torch.float32, **SMALL)
 
 
-@pytest.fixture(scope="module")
-def expected(folder: Path) -> Draws:
-    """Drawn one by one, and by the attention that gathers."""
+def draw_alone(folder: Path) -> Draws:
+    """One by one, and by the attention that gathers."""
     runner = ModelRunner(ModelConfig(model_name=str(folder), dtype="float32", device="cpu"))
     alone = EngineConfig(stream_width=1)
     return draw(runner, PROMPTS, sampling=SAMPLING, engine=alone, speculator=NO_SPECULATION)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> Draws:
+    return draw_alone(folder)
 
 
 def draw_with(runner: ModelRunner, prompts: list[Prompt] = PROMPTS) -> Draws:
     return draw(runner, prompts, sampling=SAMPLING, engine=STREAM, speculator=SpeculatorConfig())
 
 
-def test_replayed_steps_draw_the_same(folder: Path, expected: Draws) -> None:
-    """Drafts with second choices, chunks of prompts, and streams that are not full."""
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_replayed_steps_draw_the_same(head_dim: int, tmp_path: Path) -> None:
+    """Drafts with second choices, chunks of prompts, and streams that are not full.
+
+    Layers with heads of 16 are fused.
+    """
+    folder = save_model(tmp_path, "Llama", dtype=torch.float32, **SMALL, head_dim=head_dim)
     captures = Captures()
     runner = paged_runner(folder, captures)
     drawn = draw_with(runner)
     assert runner.is_paged
-    assert tokens(drawn) == tokens(expected)
+    assert (runner.layers == "fused") == (head_dim == 16)
+    assert tokens(drawn) == tokens(draw_alone(folder))
     assert sum(sum(completion.accepted) for completion in drawn.values()) > 0
     assert captures.num_replayed > captures.num_captured > 0
 
