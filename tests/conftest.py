@@ -24,7 +24,7 @@ import torch
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     # Read when kernels are defined: they run on the CPU then. Not for programs that tests start.
     os.environ["TRITON_INTERPRET"] = "1"
-    for name in ("paged_kernels", "gpu_kernels"):
+    for name in ("paged_kernels", "gpu_kernels", "sampling_kernels"):
         importlib.import_module(f"streaminator.engine.{name}")
     del os.environ["TRITON_INTERPRET"]
 

@@ -200,7 +200,7 @@ class Engine:
                 batch.noise_positions,
                 self._sampling,
                 self._speculation.num_top,
-                self.runner.kernels,
+                self.runner.sampling_kernels,
             )
         )
         clock.lap("sample")

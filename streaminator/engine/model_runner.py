@@ -22,12 +22,14 @@ from streaminator.engine.compile_kernels import KernelsMissingError
 from streaminator.engine.device import resolve_device, resolve_dtype
 from streaminator.engine.fused_model import FusedModel, fuse_model
 from streaminator.engine.gpu_model import GpuModel, fuse_gpu_model
+from streaminator.engine.gpu_sampling import GpuSampling
 from streaminator.engine.kernels import Kernels
 from streaminator.engine.kv_cache import KVCache, bytes_per_block
 from streaminator.engine.llama_like import NotFusedError
 from streaminator.engine.packed_linear import Packer, find_packable, pack_linear
 from streaminator.engine.paged_trial import why_not_paged
 from streaminator.engine.reproducible import separate_expert_rows
+from streaminator.engine.sampler import SamplingKernels
 from streaminator.engine.step_graphs import CudaCapture, StepGraphs
 from streaminator.errors import ConfigError, ModelError, first_line
 from streaminator.sequence import Sequence
@@ -56,8 +58,8 @@ class ModelRunner:
         self._resident = -math.inf, 0
         self._packs = config.packed_linear and self.device.type == "cpu"
         self._has_kernels = self._packs and config.compiled_kernels
-        self.kernels: Kernels | None = None
-        """Compiled for the model's type, from `pack_weights` on; None: they are not used, or not to be had."""
+        self.sampling_kernels: SamplingKernels | None = None
+        """Draw tokens, from the first `make_cache` on; None: they are not used, or not to be had."""
         self._packer: Packer | None = None
         self._packed: list[torch.nn.Linear] = []
         self._fused: FusedModel | None = None
@@ -114,13 +116,14 @@ class ModelRunner:
         """Pack the weights, the first time; the number of threads must stay from now on."""
         if self._packer is not None or not self._packs:
             return
+        kernels = None
         if self._has_kernels:
             try:
-                self.kernels = Kernels(self.dtype)
+                kernels = self.sampling_kernels = Kernels(self.dtype)
             except KernelsMissingError as error:
                 self._not_fused = str(error)
-        self._packer = Packer(self.kernels)
-        if self.kernels:
+        self._packer = Packer(kernels)
+        if kernels:
             try:
                 self._fused = fuse_model(
                     self.model, self._calls, block_size, self._packer, self.max_model_len
@@ -303,12 +306,21 @@ class ModelRunner:
             _log.warning("attention gathers its keys, which is slower: %s", reason)
         elif self._fuses_on_gpu:
             self._fuses_on_gpu = False  # tried once
-            try:
-                self._gpu_model = fuse_gpu_model(
-                    self.model, self._calls, block_size, batch_invariant=self._batch_invariant
-                )
-            except NotFusedError as error:
-                self._not_fused = str(error)
+            self._fuse_on_gpu(block_size)
+
+    def _fuse_on_gpu(self, block_size: int) -> None:
+        try:
+            self._gpu_model = fuse_gpu_model(
+                self.model, self._calls, block_size, batch_invariant=self._batch_invariant
+            )
+        except NotFusedError as error:
+            self._not_fused = str(error)
+        sampling = GpuSampling(self.dtype)
+        reason = sampling.why_not(self.vocab_size, self.device)
+        if reason is None:
+            self.sampling_kernels = sampling
+        else:
+            _log.warning("PyTorch draws tokens, which is slower: %s", reason)
 
     @torch.inference_mode()
     def _probe(self) -> dict[int, LayerCall]:

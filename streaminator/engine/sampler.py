@@ -11,8 +11,9 @@ and for all others as a single event, which is exact: the maximum over a set of 
 log-probabilities is the perturbed log of the set's mass. Only when that event wins is a token
 drawn from the rest. The rest's mass comes from a float32 log-sum-exp, so it is right to 1e-7.
 
-On a CPU a compiled kernel (`csrc/sampling.c`) draws without filters. Its tokens are these: only
-where the rest is within 1e-7 of winning, or two candidates within 1e-15, may rounding decide.
+Compiled kernels (`csrc/sampling.c` on a CPU, `sampling_kernels` on a GPU) draw without filters. Their
+tokens are these: only where the rest is within 1e-7 of winning, or two candidates within 1e-15, may
+rounding decide.
 
 Shapes: R rows, V vocabulary, C candidates.
 
@@ -22,13 +23,12 @@ Used by: `engine.Engine`.
 import math
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from streaminator.config import SamplingParams
-from streaminator.engine.kernels import Kernels
 
 NUM_CANDIDATES = 64
 INVALID_TOKEN = -1
@@ -56,6 +56,26 @@ class Drawn(NamedTuple):
     settle: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
     """Tokens and log-probabilities of given rows [n], from all of the vocabulary. Few rows need it;
     asking a GPU which ones before the tokens are read would make the host wait twice in a step."""
+
+
+class SamplingKernels(Protocol):
+    """What draws in the place of PyTorch: `kernels.Kernels`, `gpu_sampling.GpuSampling`."""
+
+    dtype: torch.dtype
+    """Of the logits."""
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        keys: torch.Tensor,
+        positions: torch.Tensor,
+        *,
+        temperature: float,
+        num_candidates: int,
+        num_top: int,
+    ) -> tuple[Any, ...]:
+        """The fields of `Drawn`."""
+        ...
 
 
 def to_host(drawn: Drawn) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
@@ -107,7 +127,7 @@ def sample(
     positions: torch.Tensor,
     params: SamplingParams,
     num_top: int = 0,
-    kernels: Kernels | None = None,
+    kernels: SamplingKernels | None = None,
 ) -> Drawn:
     """Draw a token for each row.
 
@@ -124,15 +144,16 @@ def sample(
         size = logits.shape[-1]
         num_top = min(num_top, size)
         num_candidates = max(num_top, 1) if is_greedy else min(NUM_CANDIDATES, size)
-        drawn = kernels.sample(
-            logits,
-            keys,
-            positions,
-            temperature=params.temperature,
-            num_candidates=num_candidates,
-            num_top=num_top,
+        return Drawn(
+            *kernels.sample(
+                logits,
+                keys,
+                positions,
+                temperature=params.temperature,
+                num_candidates=num_candidates,
+                num_top=num_top,
+            )
         )
-        return Drawn(*drawn)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     log_total = logits.logsumexp(-1)
     if is_greedy:
@@ -193,13 +214,26 @@ def _draw(
     rest_score = rest_mass.log() + gumbel(keys, positions, rest)[:, 0]
 
     def draw_of_rest(rows: torch.Tensor) -> torch.Tensor:
-        # Which token of the rest: by the inverse of its cumulative distribution.
-        probs = (scaled[rows] - values[rows, :1]).double().exp().scatter(-1, ids[rows], 0)
-        cumulative = probs.cumsum(-1)
-        uniform = _uniform(keys[rows], positions[rows], torch.full_like(rest[rows], _WITHIN_REST))
-        return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+        return draw_rest(scaled[rows], ids[rows], keys[rows], positions[rows])
 
     return torch.where(rest_score > best, _UNSETTLED, tokens), *top, draw_of_rest
+
+
+def draw_rest(
+    scaled: torch.Tensor, ids: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Tokens [n] that are none of the candidates, by the inverse of their cumulative distribution.
+
+    Args:
+        scaled: [n, V] logits over the temperature.
+        ids: [n, C] candidates, most likely first.
+        keys: [n] see `sample`.
+        positions: [n] see `sample`.
+    """
+    probs = (scaled - scaled.gather(-1, ids[:, :1])).double().exp().scatter(-1, ids, 0)
+    cumulative = probs.cumsum(-1)
+    uniform = _uniform(keys, positions, torch.full_like(ids[:, :1], _WITHIN_REST))
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
 
 
 def _likeliest(logits: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -225,5 +225,5 @@ def _step(
     batch = runner.pack(sequences, cache.block_size)
     logits = runner.forward(batch, cache)
     keys, positions = batch.noise_keys, batch.noise_positions
-    sample(logits, keys, positions, sampling, num_top, runner.kernels).tokens.cpu()
+    sample(logits, keys, positions, sampling, num_top, runner.sampling_kernels).tokens.cpu()
     return time.perf_counter() - start

@@ -11,14 +11,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from streaminator.engine import gpu_kernels, gpu_products, paged_kernels
+from streaminator.engine import gpu_kernels, gpu_products, paged_kernels, sampling_kernels
 from streaminator.engine.paged_attention import SPLIT, key_step, tile_height
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 NUMBERS = {
     **dict.fromkeys(("parts", "log_sums", "qkv", "out"), "*fp32"),
+    **dict.fromkeys(("tops", "totals", "logprobs", "top_probs"), "*fp32"),
     **dict.fromkeys(("rows", "positions", "table", "slots"), "*i64"),
-    **dict.fromkeys(("scale", "softcap", "eps"), "fp32"),
+    **dict.fromkeys(("groups", "keys_of", "candidates", "noise_keys", "tokens", "top_ids"), "*i64"),
+    **dict.fromkeys(("scale", "softcap", "eps", "temperature"), "fp32"),
+    **dict.fromkeys(("size", "num_top", "num_pieces"), "i32"),
 }
 """Other arguments are of the model's type, or, if they are named so, integers."""
 INTEGERS = ("_token", "_head", "_size", "_splits", "_inputs", "_outputs", "_rows", "_slots")
@@ -90,7 +93,17 @@ def compile_layers(capability):
     yield shared_memory(gpu_kernels.rotate, capability, bf16, 4, **rotate)
 
 
+def compile_sampling(capability):
+    bf16, groups = torch.bfloat16, {"GROUPS": 64, "GROUP": 64}
+    yield shared_memory(sampling_kernels.scan, capability, bf16, 8, **groups)
+    yield shared_memory(sampling_kernels.gather, capability, bf16, 8, **groups)
+    constants = {"C": 64, "C_PADDED": 64, "P_PADDED": 32}
+    for is_greedy in (False, True):
+        flags = {"IS_GREEDY": is_greedy, "HAS_REST": True}
+        yield shared_memory(sampling_kernels.draw, capability, bf16, 1, **constants, **flags)
+
+
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        for compile_some in (compile_paged, compile_layers):
+        for compile_some in (compile_paged, compile_layers, compile_sampling):
             sys.stdout.write("".join(f"{used}\n" for used in compile_some(int(argument))))

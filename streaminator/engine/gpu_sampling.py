@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draw tokens on a GPU by own kernels, without filters; a row draws the same in any batch.
+
+With PyTorch a row is read some ten times, and written to as often: of a vocabulary of 128k 64 rows
+take a tenth of a 3B model's forward. And PyTorch adds up a row in another order where there
+are few of them.
+
+Used by: `model_runner`.
+"""
+
+import importlib
+import importlib.util
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from streaminator.config import SamplingParams
+from streaminator.engine.paged_attention import power_of_two
+from streaminator.engine.sampler import Drawn, draw_rest, sample, to_host
+from streaminator.errors import first_line
+
+_GROUP = 64
+"""Tokens whose maximum is looked for first."""
+_GROUPS = 64
+"""In a piece of a row; as many as there are candidates at most."""
+_TRIED_ROWS = 64
+
+
+def _kernels() -> Any:
+    return importlib.import_module("streaminator.engine.sampling_kernels")
+
+
+class GpuSampling:
+    """Takes the place of the code in PyTorch; see `sampler.sample`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """For logits of `dtype`."""
+        self.dtype = dtype
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        keys: torch.Tensor,
+        positions: torch.Tensor,
+        *,
+        temperature: float,
+        num_candidates: int,
+        num_top: int,
+    ) -> Drawn:
+        """Draw a token for each row; those that are none of the candidates' take `settle`.
+
+        Args:
+            logits: [R, V].
+            keys: [R] int64.
+            positions: [R] int64.
+            temperature: 0 takes the most likely token.
+            num_candidates: C, at most 64, and V.
+            num_top: M, at most C.
+        """
+        logits = logits.contiguous()
+        num_rows, size = logits.shape
+        num_pieces = -(-size // (_GROUPS * _GROUP))
+        is_greedy = temperature == 0
+        kernels = _kernels()
+        with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+            groups = keys.new_empty(num_rows, num_pieces * _GROUPS)
+            tops = logits.new_empty(num_rows, num_pieces, dtype=torch.float32)
+            totals = tops.new_empty(2, num_rows, num_pieces)
+            warmth = 1.0 if is_greedy else float(temperature)
+            kernels.scan[num_rows, num_pieces](
+                groups, tops, totals, logits, size, warmth,
+                GROUPS=_GROUPS, GROUP=_GROUP, num_warps=8,
+            )  # fmt: skip
+            if num_pieces > 1:
+                groups = groups.topk(_GROUPS).values
+            candidates = keys.new_empty(num_rows, _GROUPS * _GROUP)
+            kernels.gather[(num_rows,)](
+                candidates, groups, logits, size, GROUPS=_GROUPS, GROUP=_GROUP, num_warps=8
+            )
+            candidates = candidates.topk(num_candidates).values
+            tokens, logprobs = torch.empty_like(keys), tops.new_empty(num_rows)
+            top_ids = keys.new_empty(num_rows, num_top)
+            top_probs = tops.new_empty(num_rows, num_top)
+            kernels.draw[(num_rows,)](
+                tokens, logprobs, top_ids, top_probs, candidates, tops, totals,
+                keys.contiguous(), positions.contiguous(), warmth, num_top, num_pieces,
+                C=num_candidates, C_PADDED=power_of_two(num_candidates),
+                P_PADDED=power_of_two(num_pieces), IS_GREEDY=is_greedy,
+                HAS_REST=num_candidates < size, num_warps=1,
+            )  # fmt: skip
+        if is_greedy or num_candidates == size:
+            return Drawn(tokens, logprobs, top_ids, top_probs)
+
+        def settle(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            values = logits[rows].float()
+            ids = 2**32 - 1 - (candidates[rows] & (2**32 - 1))
+            tokens = draw_rest(values / temperature, ids, keys[rows], positions[rows])
+            chosen = values.gather(-1, tokens[:, None])[:, 0]
+            return tokens, chosen - values.logsumexp(-1)
+
+        return Drawn(tokens, logprobs, top_ids, top_probs, settle)
+
+    @torch.inference_mode()
+    def why_not(self, size: int, device: torch.device) -> str | None:
+        """Why it cannot be used for vocabularies of `size`; None: it can.
+
+        Whatever goes wrong in here, from a missing compiler to a wrong token, PyTorch can draw.
+        """
+        generator = torch.Generator(device).manual_seed(0)
+        logits = torch.randn(_TRIED_ROWS, size, generator=generator, device=device)
+        logits = (3 * logits).to(self.dtype)
+        keys = torch.arange(_TRIED_ROWS, device=device)
+        for temperature in (0.0, 0.8):
+            params = SamplingParams(temperature=temperature)
+            expected = to_host(sample(logits, keys, keys, params))[0]
+            try:
+                tokens, logprobs, *_ = to_host(sample(logits, keys, keys, params, 0, self))
+                alone = to_host(sample(logits[-1:], keys[-1:], keys[-1:], params, 0, self))
+            except Exception as problem:  # noqa: BLE001 - compilers raise anything
+                return f"its kernels do not run ({type(problem).__name__}: {first_line(problem)})"
+            if tokens != expected:
+                return "its kernels draw other tokens on this card"
+            if (tokens[-1:], logprobs[-1:]) != alone[:2]:
+                return "a row is not the same in any batch on this card"
+        return None

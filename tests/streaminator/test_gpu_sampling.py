@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GPU's sampler draws what the code in PyTorch draws: in Triton's interpreter, or on the card."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from streaminator.config import SamplingParams
+from streaminator.engine import gpu_sampling
+from streaminator.engine.gpu_sampling import GpuSampling
+from streaminator.engine.paged_attention import has_triton
+from streaminator.engine.sampler import INVALID_TOKEN, Drawn, sample
+from tests.fakes import settled
+from tests.streaminator.test_sampling import random_logits
+
+pytestmark = [
+    pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
+    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def both(logits: torch.Tensor, temperature: float, num_top: int = 0) -> tuple[Drawn, Drawn]:
+    """What PyTorch on a CPU and the kernels draw from [R, V], with other noise in each row."""
+    keys = torch.arange(len(logits)) * 0x1234567 - (1 << 62)
+    positions = 17 + torch.arange(len(logits)) % 3
+    params = SamplingParams(temperature=temperature)
+    expected = sample(logits, keys, positions, params, num_top)
+    on_device = (x.to(DEVICE) for x in (logits, keys, positions))
+    drawn = sample(*on_device, params, num_top, GpuSampling(logits.dtype))
+    return settled(expected), Drawn(*(x.cpu() for x in settled(drawn)[:4]))
+
+
+def assert_same(expected: Drawn, drawn: Drawn) -> None:
+    assert torch.equal(drawn.tokens, expected.tokens)
+    torch.testing.assert_close(drawn.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(drawn.top_probs, expected.top_probs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.3, 1, 1.7])
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 1000, 9001])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_are_those_that_pytorch_draws(
+    dtype: torch.dtype, size: int, temperature: float
+) -> None:
+    # Peaked rows, and flat ones, of which most tokens are no candidates.
+    for spread in (0.3, 2.5):
+        logits = random_logits(16, size, spread, seed=size).to(dtype)
+        expected, drawn = both(logits, temperature, num_top=9)
+        assert_same(expected, drawn)
+        # Equal ones come in the order of their ids here, in any order there.
+        ordered = logits.double() - torch.arange(size) * 1e-9
+        assert torch.equal(drawn.top_ids, ordered.topk(min(9, size)).indices)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("levels", [1, 2, 60])
+def test_equal_logits_are_told_apart_as_in_pytorch(levels: int, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(levels)
+    logits = torch.randint(0, levels, (30, 5000), generator=generator) / 4 - 1
+    logits[logits == 0] *= torch.randint(0, 2, (int((logits == 0).sum()),)) * 2 - 1.0  # -0 too
+    assert_same(*both(logits, temperature))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8, 100])
+@pytest.mark.parametrize("num_left", [1, 30, 100])
+def test_tokens_that_are_ruled_out_are_never_drawn(num_left: int, temperature: float) -> None:
+    logits = random_logits(30, 9000, 1.0)
+    order = torch.rand(30, 9000, generator=torch.Generator().manual_seed(1)).argsort(-1)
+    logits.scatter_(-1, order[:, num_left:], -math.inf)
+    expected, drawn = both(logits, temperature)
+    assert_same(expected, drawn)
+    assert logits.gather(-1, drawn.tokens[:, None]).isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("size", [40, 5000])
+@pytest.mark.parametrize("poison", [math.nan, -math.nan, math.inf])
+def test_a_row_that_is_not_finite_is_invalid_and_the_others_are_not_touched(
+    poison: float, size: int, temperature: float
+) -> None:
+    logits = random_logits(6, size, 1.0)
+    _, clean = both(logits, temperature, num_top=5)
+    logits[2, 33] = poison
+    logits[3] = poison
+    logits[4] = -math.inf
+    _, drawn = both(logits, temperature, num_top=5)
+    assert drawn.tokens[2:5].tolist() == [INVALID_TOKEN] * 3
+    rest = torch.tensor([0, 1, 5])
+    for field, before in zip(drawn[:4], clean[:4], strict=True):
+        assert torch.equal(field[rest], before[rest])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_has_the_same_bits_alone(dtype: torch.dtype) -> None:
+    logits = random_logits(12, 9000, 1.0).to(DEVICE, dtype)
+    keys = torch.arange(12, device=DEVICE)
+    params = SamplingParams(temperature=0.8)
+    together = sample(logits, keys, keys, params, 8, GpuSampling(dtype))
+    for row in range(12):
+        one = slice(row, row + 1)
+        alone = sample(logits[one], keys[one], keys[one], params, 8, GpuSampling(dtype))
+        for field, whole in zip(alone[:4], together[:4], strict=True):
+            assert torch.equal(field, whole[one])
+
+
+def test_kernels_that_are_wrong_or_do_not_run_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = GpuSampling(torch.float32)
+    assert sampling.why_not(300, DEVICE) is None
+    draw = GpuSampling.sample
+
+    def wrong(self: GpuSampling, logits: torch.Tensor, *arguments: Any, **options: Any) -> Drawn:
+        drawn = draw(self, logits, *arguments, **options)
+        return drawn._replace(tokens=drawn.tokens + 1)
+
+    def other(self: GpuSampling, logits: torch.Tensor, *arguments: Any, **options: Any) -> Drawn:
+        drawn = draw(self, logits, *arguments, **options)
+        return drawn._replace(logprobs=drawn.logprobs + len(logits))
+
+    def fails() -> None:
+        raise RuntimeError("no C compiler\nat all")
+
+    for spoiled, reason in ((wrong, "draw other tokens"), (other, "not the same in any batch")):
+        with monkeypatch.context() as patch:
+            patch.setattr(GpuSampling, "sample", spoiled)
+            assert reason in (sampling.why_not(300, DEVICE) or "")
+    monkeypatch.setattr(gpu_sampling, "_kernels", fails)
+    assert "(RuntimeError: no C compiler)" in (sampling.why_not(300, DEVICE) or "")
