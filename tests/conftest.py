@@ -4,6 +4,7 @@
 import importlib
 import importlib.util
 import os
+from functools import partial
 
 # Read on import.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,6 +34,14 @@ from tests.fakes import FREE, PROMPTS, TOKENIZER, Draws, draw, load_runner, save
 
 torch.set_num_threads(1)
 
+SMALL_TRIALS = {
+    "gpu_products._LOW_ROWS": 16,
+    "gpu_products._HIGH_ROWS": 32,
+    "gpu_products._FEW_TILES": 2,
+    "gpu_sampling._TRIED_ROWS": 4,
+    "llama_like._LENGTHS": (5, 18),
+}
+
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +66,17 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         return module.TensorHandle(result + base.data, base.dtype.scalar)
 
     monkeypatch.setattr(module.InterpreterBuilder, "create_dot", product)
+    call = module.InterpretedFunction.__call__
+
+    def call_inlined(function: Any, *args: Any, **kwargs: Any) -> Any:
+        # Triton's language is patched already, which takes as long as most functions.
+        is_own = function.fn.__module__.startswith("streaminator")
+        return (function.rewrite() if is_own else partial(call, function))(*args, **kwargs)
+
+    monkeypatch.setattr(module.InterpretedFunction, "__call__", call_inlined)
+    # It knows tiles of any height, and is slow.
+    for name, number in SMALL_TRIALS.items():
+        monkeypatch.setattr(f"streaminator.engine.{name}", number)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What --device and --dtype mean on this machine.
 
-Used by: `streaminator.cli`, `engine.model_runner`.
+Used by: `streaminator.cli`, `engine.model_runner`, and whoever launches kernels of Triton.
 """
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -34,3 +36,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16"
     return getattr(torch, name)
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Kernels of Triton are launched on the current device, wherever their tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

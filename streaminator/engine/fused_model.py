@@ -67,11 +67,6 @@ class FusedModel:
         at_once = self._stack.kernels.rows_at_once
         return min(at_once(linear.in_features) for linear in self.linears)
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the token embedding."""
-        return len(self._embedding.weight)
-
     def embed(
         self, tokens: torch.Tensor, positions: torch.Tensor, end: int
     ) -> tuple[torch.Tensor, Rotary]:

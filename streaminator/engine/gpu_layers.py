@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from streaminator.engine.attention import LayerCall
-from streaminator.engine.batch import Batch
+from streaminator.engine.batch import Batch, pack
 from streaminator.engine.gpu_products import GpuProduct, gpu_kernels
 from streaminator.engine.kv_cache import KVCache
 from streaminator.engine.llama_like import (
@@ -24,6 +24,7 @@ from streaminator.engine.llama_like import (
     layers_of,
 )
 from streaminator.engine.paged_attention import attend_paged, power_of_two
+from streaminator.sequence import Prompt, Sequence
 
 _SIZE = 1024
 """Numbers of a row that a program takes at once."""
@@ -35,10 +36,11 @@ class GpuLayer:
     def __init__(self, layer: Any, call: LayerCall, *, batch_invariant: bool) -> None:
         """Raises: NotFusedError when its weights do not join."""
         attention, mlp = layer.self_attn, layer.mlp
-        self._index: int = attention.layer_idx
-        self._call = call
+        self.index: int = attention.layer_idx
+        self.call = call
         self._scale = call.shape.key_dim**-0.5 if call.scaling is None else call.scaling
-        self._norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.norm = layer.input_layernorm
+        self._second_norm = layer.post_attention_layernorm
         self._head_norms = head_norms(attention)
         self.products = [
             GpuProduct(linears, batch_invariant=batch_invariant)
@@ -70,17 +72,16 @@ class GpuLayer:
         Returns: [C, T, D], what is still to be added to `x`.
         """
         qkv, output, gate_up, down = self.products
-        first, second = self._norms
-        pools = cache.pools(self._index)
-        query, key, value = self._rotate(qkv(add_norm(x, parts, first)), rotary, batch, pools)
+        pools = cache.pools(self.index)
+        query, key, value = self._rotate(qkv(add_norm(x, parts, self.norm)), rotary, batch, pools)
         attended = torch.zeros_like(query)  # rows of no sequence
         for group in batch.groups:
             attend_paged(
                 attended, query, key, value, pools, group,
-                scale=self._scale, window=self._call.sliding_window, softcap=None,
+                scale=self._scale, window=self.call.sliding_window, softcap=None,
             )  # fmt: skip
         parts = output(attended.flatten(1))
-        return down(_silu_mul(gate_up(add_norm(x, parts, second)), x.dtype))
+        return down(_silu_mul(gate_up(add_norm(x, parts, self._second_norm)), x.dtype))
 
     def _rotate(
         self,
@@ -91,7 +92,7 @@ class GpuLayer:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries [T, N, H], keys and values [T, K, H]; the latter are in the cache, too."""
         num_parts, num_rows, _ = qkv.shape
-        call, slots = self._call, batch.slot_mapping
+        call, slots = self.call, batch.slot_mapping
         num_heads, num_kv_heads, dim = call.num_heads, call.shape.num_heads, call.shape.key_dim
         query, key, value = (
             pools[0].new_empty(num_rows, num, dim)
@@ -144,13 +145,63 @@ def fuse_gpu_layers(
         call = calls[layer.self_attn.layer_idx]
         if not _computes_the_same(layer, decoder, call, block_size, batch_invariant):
             raise NotFusedError(f"{type(layer).__name__} computes something else than a Llama's")
+    weights = [linear.weight for layer in layers for linear in _linears(layer)]
+    if len({weight.data_ptr() for weight in weights}) < len(weights):
+        raise NotFusedError(f"{type(decoder).__name__} uses weights twice")
     fused = [
         GpuLayer(layer, calls[layer.self_attn.layer_idx], batch_invariant=batch_invariant)
         for layer in layers
     ]
     for product in fused[0].products:
         product.check()
+    if batch_invariant:
+        _check_rows(fused[0], decoder, block_size)
     return fused
+
+
+def _linears(layer: Any) -> list[torch.nn.Linear]:
+    return [module for module in layer.modules() if type(module) is torch.nn.Linear]
+
+
+@torch.inference_mode()
+def _check_rows(layer: GpuLayer, decoder: Any, block_size: int) -> None:
+    """All kernels in the model's type, for few rows and for so many that no product is in parts.
+
+    Raises: NotFusedError when a text's last row is not the same in both.
+    """
+    weight = layer.norm.weight
+    num_rows = max(product.rows_in_one for product in layer.products)
+    tokens = (0,) * num_rows
+    prompt = Prompt(prompt_id="", token_ids=tokens, text="", question="")
+    num_blocks = -(-num_rows // block_size)
+    cache = KVCache(
+        {layer.index: layer.call.shape},
+        num_blocks=1 + num_blocks,
+        block_size=block_size,
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+    generator = torch.Generator(weight.device).manual_seed(0)
+    x = torch.randn(num_rows, len(weight), generator=generator, device=weight.device)
+    x = x.to(weight.dtype)
+    rows = []
+    for first in (0, num_rows - 1):
+        text = Sequence(
+            prompt, 0, list(tokens), 0, 0, 0.0,
+            block_table=list(range(1, 1 + num_blocks)),
+            num_cached_tokens=first,
+            num_scheduled_tokens=num_rows - first,
+        )  # fmt: skip
+        batch = pack([text], block_size=block_size, device=weight.device)
+        padded = x.new_zeros(batch.positions.shape[1], len(weight))
+        padded[: num_rows - first] = x[first:]
+        cosine, sine = decoder.rotary_emb(padded[None], position_ids=batch.positions)
+        rotary = cosine[0].contiguous(), sine[0].contiguous()
+        parts = layer(padded, None, rotary, batch, cache)
+        add_norm(padded, parts, layer.norm)
+        rows.append(padded[num_rows - first - 1])
+    if not torch.equal(*rows):
+        raise NotFusedError("a row is not the same in any batch on this card")
 
 
 def _computes_the_same(

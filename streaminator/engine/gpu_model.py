@@ -7,13 +7,13 @@ batch, to the last bit: products (`gpu_products`), norms, attention (`paged_kern
 Used by: `model_runner`.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from streaminator.engine.attention import LayerCall
 from streaminator.engine.batch import Batch
+from streaminator.engine.device import on_device
 from streaminator.engine.gpu_layers import GpuLayer, add_norm, fuse_gpu_layers
 from streaminator.engine.gpu_products import GpuProduct
 from streaminator.engine.kv_cache import KVCache
@@ -22,6 +22,7 @@ from streaminator.engine.llama_like import (
     Parts,
     Rotary,
     is_all_there_is,
+    layers_of,
     norms_the_same,
     parts_of,
 )
@@ -47,8 +48,7 @@ class GpuModel:
 
     def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Logits [padded, V] of the batch's sampled rows; keys and values go to the cache."""
-        device = batch.input_ids.device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with on_device(batch.input_ids.device):
             x, rotary = self.embed(batch.input_ids[0], batch.positions[0])
             parts = None
             for layer in self._layers:
@@ -71,7 +71,8 @@ def fuse_gpu_model(
     Raises: NotFusedError naming the reason; whatever goes wrong in here, the model is as it was.
     """
     try:
-        return _fuse(model, calls, block_size, batch_invariant)
+        with on_device(model.get_input_embeddings().weight.device):
+            return _fuse(model, calls, block_size, batch_invariant)
     except NotFusedError:
         raise
     except Exception as problem:  # compilers raise anything
@@ -82,7 +83,7 @@ def fuse_gpu_model(
 def _fuse(
     model: Any, calls: dict[int, LayerCall], block_size: int, batch_invariant: bool
 ) -> GpuModel:
-    dtype = model.get_input_embeddings().weight.dtype
+    dtype = layers_of(model.get_decoder(), calls)[0].mlp.down_proj.weight.dtype
     if dtype not in _TYPES:
         raise NotFusedError(f"no kernels for {dtype}")
     parts = parts_of(model, dtype)

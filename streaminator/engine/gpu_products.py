@@ -79,6 +79,11 @@ class GpuProduct:
         self._split_size = -(-num_steps // max(wanted, 1)) * self._step
         self._num_splits = -(-num_inputs // self._split_size)
 
+    @property
+    def rows_in_one(self) -> int:
+        """So many make tiles enough for one part."""
+        return _HIGH_ROWS * -(-_FEW_TILES // self._num_tiles)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [C, T, D']; of float32 where there may be several parts."""
         if not self._is_own:
@@ -103,11 +108,9 @@ class GpuProduct:
         if not self._is_own:
             return
         weight = self._weight
-        # So many that the last batch has tiles enough for one part.
-        most = _HIGH_ROWS * -(-_FEW_TILES // self._num_tiles)
         generator = torch.Generator(weight.device).manual_seed(0)
         options: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-        rows = torch.randn(most, weight.shape[1], generator=generator, **options)
+        rows = torch.randn(self.rows_in_one, weight.shape[1], generator=generator, **options)
         (products,) = self(rows)
         if not all(torch.equal(_sum(self(rows[:n])), products[:n]) for n in _TRIED_ROWS):
             raise NotFusedError("a product's row is not the same in any batch on this card")

@@ -9,13 +9,12 @@ Used by: `model_runner`.
 """
 
 import importlib
-import importlib.util
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from streaminator.config import SamplingParams
+from streaminator.engine.device import on_device
 from streaminator.engine.paged_attention import power_of_two
 from streaminator.engine.sampler import Drawn, draw_rest, sample, to_host
 from streaminator.errors import first_line
@@ -63,7 +62,7 @@ class GpuSampling:
         num_pieces = -(-size // (_GROUPS * _GROUP))
         is_greedy = temperature == 0
         kernels = _kernels()
-        with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+        with on_device(logits.device):
             groups = keys.new_empty(num_rows, num_pieces * _GROUPS)
             tops = logits.new_empty(num_rows, num_pieces, dtype=torch.float32)
             totals = tops.new_empty(2, num_rows, num_pieces)
@@ -80,10 +79,11 @@ class GpuSampling:
             )
             candidates = candidates.topk(num_candidates).values
             tokens, logprobs = torch.empty_like(keys), tops.new_empty(num_rows)
+            log_totals = tops.new_empty(num_rows, dtype=torch.float64)
             top_ids = keys.new_empty(num_rows, num_top)
             top_probs = tops.new_empty(num_rows, num_top)
             kernels.draw[(num_rows,)](
-                tokens, logprobs, top_ids, top_probs, candidates, tops, totals,
+                tokens, logprobs, log_totals, top_ids, top_probs, candidates, tops, totals,
                 keys.contiguous(), positions.contiguous(), warmth, num_top, num_pieces,
                 C=num_candidates, C_PADDED=power_of_two(num_candidates),
                 P_PADDED=power_of_two(num_pieces), IS_GREEDY=is_greedy,
@@ -97,7 +97,7 @@ class GpuSampling:
             ids = 2**32 - 1 - (candidates[rows] & (2**32 - 1))
             tokens = draw_rest(values / temperature, ids, keys[rows], positions[rows])
             chosen = values.gather(-1, tokens[:, None])[:, 0]
-            return tokens, chosen - values.logsumexp(-1)
+            return tokens, (chosen.double() - log_totals[rows]).float()
 
         return Drawn(tokens, logprobs, top_ids, top_probs, settle)
 
@@ -107,18 +107,21 @@ class GpuSampling:
 
         Whatever goes wrong in here, from a missing compiler to a wrong token, PyTorch can draw.
         """
+        try:
+            return self._try(size, device)
+        except Exception as problem:  # noqa: BLE001 - compilers raise anything
+            return f"its kernels do not run ({type(problem).__name__}: {first_line(problem)})"
+
+    def _try(self, size: int, device: torch.device) -> str | None:
         generator = torch.Generator(device).manual_seed(0)
         logits = torch.randn(_TRIED_ROWS, size, generator=generator, device=device)
         logits = (3 * logits).to(self.dtype)
         keys = torch.arange(_TRIED_ROWS, device=device)
-        for temperature in (0.0, 0.8):
+        for temperature in (0.0, 0.3, 0.8):
             params = SamplingParams(temperature=temperature)
             expected = to_host(sample(logits, keys, keys, params))[0]
-            try:
-                tokens, logprobs, *_ = to_host(sample(logits, keys, keys, params, 0, self))
-                alone = to_host(sample(logits[-1:], keys[-1:], keys[-1:], params, 0, self))
-            except Exception as problem:  # noqa: BLE001 - compilers raise anything
-                return f"its kernels do not run ({type(problem).__name__}: {first_line(problem)})"
+            tokens, logprobs, *_ = to_host(sample(logits, keys, keys, params, 0, self))
+            alone = to_host(sample(logits[-1:], keys[-1:], keys[-1:], params, 0, self))
             if tokens != expected:
                 return "its kernels draw other tokens on this card"
             if (tokens[-1:], logprobs[-1:]) != alone[:2]:

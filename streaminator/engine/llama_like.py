@@ -8,7 +8,8 @@ Used by: `fused_layers`, `fused_model` (CPU), `gpu_layers`, `gpu_model`.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,8 @@ def layers_of(decoder: Any, calls: dict[int, LayerCall]) -> list[Any]:
         raise NotFusedError(f"{type(decoder).__name__} is not built like a Llama's")
     for layer in layers:
         _check_layer(layer, calls)
+    if len({layer.mlp.down_proj.weight.dtype for layer in layers}) > 1:
+        raise NotFusedError(f"{type(decoder).__name__} has layers of several types")
     return layers
 
 
@@ -112,6 +115,27 @@ def computes_the_same(
     layer: Any, decoder: Any, call: LayerCall, block_size: int, forwards: list[Forward]
 ) -> bool:
     """Whether all `forwards` agree with a layer of float32, on made-up rows."""
+    try:
+        with _in_full_float32():
+            return _compute_the_same(layer, decoder, call, block_size, forwards)
+    except TypeError:  # one of transformers' wants other arguments
+        return False
+
+
+@contextmanager
+def _in_full_float32() -> Iterator[None]:
+    """Whatever a trainer in the same process has asked of products."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _compute_the_same(
+    layer: Any, decoder: Any, call: LayerCall, block_size: int, forwards: list[Forward]
+) -> bool:
     index: int = layer.self_attn.layer_idx
     weight = layer.mlp.down_proj.weight
     options: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
@@ -139,6 +163,8 @@ def computes_the_same(
         for batch in steps:
             x = torch.randn(batch.positions.shape[1], len(weight), generator=generator, **options)
             cosine, sine = decoder.rotary_emb(x[None], position_ids=batch.positions)
+            if cosine.shape[-1] != call.shape.key_dim:
+                raise TypeError("rotates a part of each head")
             result = forward(x.clone(), (cosine[0], sine[0]), cache, batch)
             rows.append((result - x)[: batch.num_tokens])
         return torch.cat(rows)

@@ -59,7 +59,7 @@ class ModelRunner:
         self._packs = config.packed_linear and self.device.type == "cpu"
         self._has_kernels = self._packs and config.compiled_kernels
         self.sampling_kernels: SamplingKernels | None = None
-        """Draw tokens, from the first `make_cache` on; None: they are not used, or not to be had."""
+        """Draw tokens, once `pack_weights` (CPU) or `make_cache` (GPU) has found them right; None: PyTorch does."""
         self._packer: Packer | None = None
         self._packed: list[torch.nn.Linear] = []
         self._fused: FusedModel | None = None
@@ -306,9 +306,9 @@ class ModelRunner:
             _log.warning("attention gathers its keys, which is slower: %s", reason)
         elif self._fuses_on_gpu:
             self._fuses_on_gpu = False  # tried once
-            self._fuse_on_gpu(block_size)
+            self._use_gpu_kernels(block_size)
 
-    def _fuse_on_gpu(self, block_size: int) -> None:
+    def _use_gpu_kernels(self, block_size: int) -> None:
         try:
             self._gpu_model = fuse_gpu_model(
                 self.model, self._calls, block_size, batch_invariant=self._batch_invariant
@@ -321,6 +321,8 @@ class ModelRunner:
             self.sampling_kernels = sampling
         else:
             _log.warning("PyTorch draws tokens, which is slower: %s", reason)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the trials took, so that the KV cache can have it
 
     @torch.inference_mode()
     def _probe(self) -> dict[int, LayerCall]:

@@ -13,12 +13,12 @@ Used by: `attention`, `paged_trial`.
 
 import importlib
 import importlib.util
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from streaminator.engine.batch import AttentionGroup
+from streaminator.engine.device import on_device
 
 SPLIT = 256
 """Keys per split."""
@@ -85,7 +85,7 @@ def attend_paged(
     # Long chunks of a prompt go in pieces, so that their parts stay small.
     bytes_per_query = num_splits * num_sequences * num_heads * (value_dim + 1) * 4
     most = all_rows.shape[1] if num_splits == 1 else max(1, _MOST_PART_BYTES // bytes_per_query)
-    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
+    with on_device(query.device):
         for first in range(0, all_rows.shape[1], most):
             rows = all_rows[:, first : first + most]
             positions = all_positions[:, first : first + most]

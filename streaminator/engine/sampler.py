@@ -189,7 +189,9 @@ def _draw(
     num = min(size, max(NUM_CANDIDATES, params.top_k))
     values, ids = _likeliest(logits, num)
     values, scaled = values / params.temperature, logits / params.temperature
-    logprobs = values.double() - scaled.logsumexp(-1, keepdim=True).double()
+    # The largest is subtracted first: what is left for the rest is a small difference.
+    relative = scaled - values[:, :1]
+    logprobs = (values - values[:, :1]).double() - relative.logsumexp(-1, keepdim=True).double()
     probs = logprobs.exp()
     rest_mass = (1 - probs.sum(-1)).clamp(min=0)
     top = ids, probs.float()
@@ -232,8 +234,11 @@ def draw_rest(
     """
     probs = (scaled - scaled.gather(-1, ids[:, :1])).double().exp().scatter(-1, ids, 0)
     cumulative = probs.cumsum(-1)
+    total = cumulative[:, -1:]
     uniform = _uniform(keys, positions, torch.full_like(ids[:, :1], _WITHIN_REST))
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    tokens = torch.searchsorted(cumulative, uniform * total, right=True)
+    # Rounding may have let a rest win that has no mass.
+    return torch.where(total > 0, tokens.clamp(max=scaled.shape[-1] - 1), ids[:, :1])[:, 0]
 
 
 def _likeliest(logits: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -70,7 +70,7 @@ def scan(
     base = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.sum(tl.exp(x - base), 1), 0)
     tl.store(totals + piece, total)
-    total = tl.sum(tl.sum(tl.exp(x / temperature - base / temperature), 1), 0)
+    total = tl.sum(tl.sum(tl.exp(tl.div_rn(x, temperature) - tl.div_rn(base, temperature)), 1), 0)
     num_pieces = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
     tl.store(totals + num_pieces + piece, total)
 
@@ -111,18 +111,18 @@ def _gumbel(row_key, token):
 
 
 @triton.jit
-def _log_sum(tops, totals, top, temperature, mask):
-    """log(sum(exp(x / temperature))) of a row, from its pieces, in float64."""
-    m = tl.load(tops, mask=mask, other=float("-inf")).to(tl.float64)
+def _log_sum(scaled, totals, top, mask):
+    """log(sum(exp(x - top))) of a row's scaled logits, from its pieces' largest and sums, in float64."""
+    weight = tl.where(scaled == float("-inf"), 0.0, tl.exp((scaled - top).to(tl.float64)))
     total = tl.load(totals, mask=mask, other=0.0).to(tl.float64)
-    weight = tl.where(m == float("-inf"), 0.0, tl.exp((m - top) / temperature))
-    return top / temperature + tl.log(tl.sum(total * weight, 0))
+    return tl.log(tl.sum(total * weight, 0))
 
 
 @triton.jit
 def draw(
     tokens,  # [R]
     logprobs,  # [R] float32
+    log_totals,  # [R] float64, log(sum(exp(x)))
     top_ids,  # [R, M]
     top_probs,  # [R, M] float32
     candidates,  # [R, C] keys, largest first
@@ -147,18 +147,21 @@ def draw(
     piece = tl.arange(0, P_PADDED)
     mask = piece < num_pieces
     place = row * num_pieces + piece
-    top = tl.max(tl.load(tops + place, mask=mask, other=float("-inf")), 0).to(tl.float64)
-    log_total = _log_sum(tops + place, totals + place, top, 1.0, mask)
+    most = tl.load(tops + place, mask=mask, other=float("-inf"))
+    top = tl.max(most, 0)
+    log_total = top.to(tl.float64) + _log_sum(most, totals + place, top, mask)
     is_one = c < C
     if IS_GREEDY:
         probs = tl.exp(value.to(tl.float64) - log_total)
         drawn = tl.sum(tl.where(c == 0, token, 0), 0)
         chosen = tl.sum(tl.where(c == 0, value, 0.0), 0)
     else:
-        warmth = tl.cast(temperature, tl.float64)
+        # Rounded as in `scan`, and subtracted before anything is added: what is left for the rest is
+        # a small difference.
         totals += tl.num_programs(0).to(tl.int64) * num_pieces
-        log_sum = _log_sum(tops + place, totals + place, top, warmth, mask)
-        scaled = tl.div_rn(value, temperature).to(tl.float64) - log_sum
+        top = tl.div_rn(top, temperature)
+        log_sum = _log_sum(tl.div_rn(most, temperature), totals + place, top, mask)
+        scaled = (tl.div_rn(value, temperature) - top).to(tl.float64) - log_sum
         probs = tl.where(is_one, tl.exp(scaled), 0.0)
         step = tl.load(positions + row).to(tl.uint64) * 0x9E3779B97F4A7C15
         row_key = _mix(tl.load(noise_keys + row).to(tl.uint64) + step)
@@ -173,6 +176,7 @@ def draw(
     is_finite = (log_total - log_total) == 0
     tl.store(tokens + row, tl.where(is_finite, drawn, _INVALID))
     tl.store(logprobs + row, chosen.to(tl.float64) - log_total)
+    tl.store(log_totals + row, log_total)
     is_top = c < num_top
     tl.store(top_ids + row * num_top + c, token, mask=is_top)
     tl.store(top_probs + row * num_top + c, probs, mask=is_top)

@@ -41,6 +41,7 @@ OTHERS = {
     "Llama, gelu": transformers.LlamaConfig(**SIZES, hidden_act="gelu"),
     "Llama, odd heads": transformers.LlamaConfig(**(SIZES | {"head_dim": 24})),
     "Gemma": transformers.GemmaConfig(**SIZES),
+    "Ministral, which is told positions": transformers.Ministral3Config(**SIZES),
 }
 PROMPTS = [make_prompt(f"p{n}", random_tokens(n, seed=n), 3) for n in (3, 16, 17, 40, 61)]
 SAMPLING = SamplingParams(temperature=0.8, max_length=24, seed=3)

@@ -11,7 +11,7 @@ from streaminator.config import SamplingParams
 from streaminator.engine import gpu_sampling
 from streaminator.engine.gpu_sampling import GpuSampling
 from streaminator.engine.paged_attention import has_triton
-from streaminator.engine.sampler import INVALID_TOKEN, Drawn, sample
+from streaminator.engine.sampler import INVALID_TOKEN, Drawn, draw_rest, sample
 from tests.fakes import settled
 from tests.streaminator.test_sampling import random_logits
 
@@ -41,15 +41,15 @@ def assert_same(expected: Drawn, drawn: Drawn) -> None:
     torch.testing.assert_close(drawn.top_probs, expected.top_probs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [0, 0.3, 1, 1.7])
-@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 1000, 9001])
+@pytest.mark.parametrize("temperature", [0, 0.3, 1])
+@pytest.mark.parametrize("size", [1, 64, 65, 9001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tokens_are_those_that_pytorch_draws(
     dtype: torch.dtype, size: int, temperature: float
 ) -> None:
     # Peaked rows, and flat ones, of which most tokens are no candidates.
     for spread in (0.3, 2.5):
-        logits = random_logits(16, size, spread, seed=size).to(dtype)
+        logits = random_logits(8, size, spread, seed=size).to(dtype)
         expected, drawn = both(logits, temperature, num_top=9)
         assert_same(expected, drawn)
         # Equal ones come in the order of their ids here, in any order there.
@@ -61,7 +61,7 @@ def test_tokens_are_those_that_pytorch_draws(
 @pytest.mark.parametrize("levels", [1, 2, 60])
 def test_equal_logits_are_told_apart_as_in_pytorch(levels: int, temperature: float) -> None:
     generator = torch.Generator().manual_seed(levels)
-    logits = torch.randint(0, levels, (30, 5000), generator=generator) / 4 - 1
+    logits = torch.randint(0, levels, (12, 5000), generator=generator) / 4 - 1
     logits[logits == 0] *= torch.randint(0, 2, (int((logits == 0).sum()),)) * 2 - 1.0  # -0 too
     assert_same(*both(logits, temperature))
 
@@ -69,8 +69,8 @@ def test_equal_logits_are_told_apart_as_in_pytorch(levels: int, temperature: flo
 @pytest.mark.parametrize("temperature", [0, 0.8, 100])
 @pytest.mark.parametrize("num_left", [1, 30, 100])
 def test_tokens_that_are_ruled_out_are_never_drawn(num_left: int, temperature: float) -> None:
-    logits = random_logits(30, 9000, 1.0)
-    order = torch.rand(30, 9000, generator=torch.Generator().manual_seed(1)).argsort(-1)
+    logits = random_logits(12, 9000, 1.0)
+    order = torch.rand(12, 9000, generator=torch.Generator().manual_seed(1)).argsort(-1)
     logits.scatter_(-1, order[:, num_left:], -math.inf)
     expected, drawn = both(logits, temperature)
     assert_same(expected, drawn)
@@ -95,6 +95,27 @@ def test_a_row_that_is_not_finite_is_invalid_and_the_others_are_not_touched(
         assert torch.equal(field[rest], before[rest])
 
 
+@pytest.mark.parametrize("temperature", [0.01, 0.03, 0.3])
+def test_nothing_is_left_for_the_rest_where_a_few_tokens_have_all_mass(temperature: float) -> None:
+    """Rounding of large numbers would leave it 1e-5 and more, in either implementation."""
+    logits = random_logits(60, 1000, 1.0)
+    logits[:, 7] = 17.9375 + torch.arange(60) / 7
+    logits[::2, 300] = logits[::2, 7]
+    for drawn in both(logits, temperature, num_top=2):
+        mass = drawn.top_probs.double().sum(-1)
+        assert (mass - 1).abs().max() < 1e-6
+        assert all(token in (7, 300) for token in drawn.tokens.tolist())
+        assert (drawn.top_probs[1::2, 0] == 1).all()
+
+
+def test_rest_without_mass_is_no_token_out_of_range() -> None:
+    """Where rounding lets it win all the same."""
+    scaled = torch.full((1, 100), -1e4)
+    scaled[0, 7] = 1e4
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert draw_rest(scaled, torch.tensor([[7]]), zero, zero).tolist() == [7]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_has_the_same_bits_alone(dtype: torch.dtype) -> None:
     logits = random_logits(12, 9000, 1.0).to(DEVICE, dtype)
@@ -106,6 +127,11 @@ def test_a_row_has_the_same_bits_alone(dtype: torch.dtype) -> None:
         alone = sample(logits[one], keys[one], keys[one], params, 8, GpuSampling(dtype))
         for field, whole in zip(alone[:4], together[:4], strict=True):
             assert torch.equal(field, whole[one])
+        assert alone.settle is not None
+        assert together.settle is not None
+        row_of_all = torch.tensor([row], device=DEVICE)
+        for field, whole in zip(alone.settle(keys[:1]), together.settle(row_of_all), strict=True):
+            assert torch.equal(field, whole)
 
 
 def test_kernels_that_are_wrong_or_do_not_run_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
