@@ -4,7 +4,6 @@
 import importlib
 import importlib.util
 import os
-from functools import partial
 
 # Read on import.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -66,14 +65,6 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         return module.TensorHandle(result + base.data, base.dtype.scalar)
 
     monkeypatch.setattr(module.InterpreterBuilder, "create_dot", product)
-    call = module.InterpretedFunction.__call__
-
-    def call_inlined(function: Any, *args: Any, **kwargs: Any) -> Any:
-        # Triton's language is patched already, which takes as long as most functions.
-        is_own = function.fn.__module__.startswith("streaminator")
-        return (function.rewrite() if is_own else partial(call, function))(*args, **kwargs)
-
-    monkeypatch.setattr(module.InterpretedFunction, "__call__", call_inlined)
     # It knows tiles of any height, and is slow.
     for name, number in SMALL_TRIALS.items():
         monkeypatch.setattr(f"streaminator.engine.{name}", number)

@@ -9,8 +9,9 @@ Each step: schedule -> draft -> pack -> forward -> sample -> verify -> commit ->
     pack      engine/batch.py
     forward   engine/model_runner.py -> the Hugging Face model -> engine/attention.py, kv_cache.py;
               Llamas on a CPU: fused_model.py -> fused_layers.py -> kernels.py;
-              on a GPU: step_graphs.py -> paged_attention.py
-    sample    engine/sampler.py
+              on a GPU: step_graphs.py -> paged_attention.py;
+              Llamas there: gpu_model.py -> gpu_layers.py -> gpu_products.py
+    sample    engine/sampler.py -> kernels.py (CPU), gpu_sampling.py
     verify    speculative/verify.py
     commit    `Engine._commit` here, engine/stopping.py
     retire    `Engine._retire` here, scheduler.retire, store.observe

@@ -191,6 +191,32 @@ def _repeat(
                 seconds[size] = min(taken, step(size))
 
 
+def made_up_sequences(
+    cache: KVCache, num_tokens: int, stream_width: int, context: int
+) -> list[Sequence]:
+    """Of `context` tokens each, of which the newest is to be computed, with drafts for the rest of a
+    step's `num_tokens`.
+
+    Each has blocks of its own, as far as there are; what is written to them is not read.
+    """
+    width = min(stream_width, num_tokens)
+    lengths = [num_tokens // width + (i < num_tokens % width) for i in range(width)]
+    num_blocks = -(-(context + max(lengths)) // cache.block_size)
+    blocks = cycle(range(1, cache.num_blocks))
+    tables = [list(islice(blocks, num_blocks)) for _ in lengths]
+    prompt = Prompt(prompt_id="", token_ids=(0,) * context, text="", question="")
+    return [
+        Sequence(
+            prompt, 0, [0] * context, 0, 0, 0.0,
+            block_table=table,
+            num_cached_tokens=context - 1,
+            num_scheduled_tokens=1,
+            draft=[0] * (length - 1),
+        )
+        for table, length in zip(tables, lengths, strict=True)
+    ]  # fmt: skip
+
+
 @torch.inference_mode()
 def _step(
     runner: ModelRunner,
@@ -201,25 +227,9 @@ def _step(
     num_top: int,
     context: int,
 ) -> float:
-    width = min(stream_width, num_tokens)
-    lengths = [num_tokens // width + (i < num_tokens % width) for i in range(width)]
-    limit = (runner.max_model_len or context + _MAX_TOKENS) - max(lengths)
+    limit = (runner.max_model_len or context + _MAX_TOKENS) - -(-num_tokens // stream_width)
     context = max(min(context, limit), 1)
-    # Each has blocks of its own, as far as there are; what is written to them is not read.
-    num_blocks = -(-(context + max(lengths)) // cache.block_size)
-    blocks = cycle(range(1, cache.num_blocks))
-    tables = [list(islice(blocks, num_blocks)) for _ in lengths]
-    prompt = Prompt(prompt_id="", token_ids=(0,) * context, text="", question="")
-    sequences = [
-        Sequence(
-            prompt, 0, [0] * context, 0, 0, 0.0,
-            block_table=table,
-            num_cached_tokens=context - 1,
-            num_scheduled_tokens=1,
-            draft=[0] * (length - 1),
-        )
-        for table, length in zip(tables, lengths, strict=True)
-    ]  # fmt: skip
+    sequences = made_up_sequences(cache, num_tokens, stream_width, context)
     runner.synchronize()
     start = time.perf_counter()
     batch = runner.pack(sequences, cache.block_size)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA graphs of the forward: a padded step of a known shape is one launch.
 
-A forward of an unmodified model is a thousand small launches, which take the host longer than the
-device needs for them. Each shape (`Batch.shape`) is run as it is when it is first met, captured when
+A forward is hundreds of launches, of an unmodified model a thousand, which take the host longer than
+the device needs for them. Each shape (`Batch.shape`) is run as it is when it is first met, captured when
 it is met again, and replayed from then on. What the first replay gives is compared with what the
 forward gave; where capturing fails or they differ, all steps run as they are.
 
