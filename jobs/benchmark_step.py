@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step takes beside the time of reading the weights, keys and values, with each fast path and without.
+"""What a step takes beside the time of reading the weights, keys and values, with all fast paths and without some.
 
     python -m jobs.inflate --model demo --like llama-3.2-3b --dtype bfloat16 --output FOLDER
     python -m jobs.benchmark_step --model_name FOLDER --stream_width 64 --context 400
 
-Every sequence has `context` tokens behind it and verifies a draft of `num_drafts`. Reading is counted
+Every sequence has `context` tokens, of which the newest is computed, and verifies a draft of `num_drafts`. Reading is counted
 at the rate at which this machine copies. Medians of steps that were run in turn; sampling and packing
-are in the step, not in the forward. All variants are loaded at once.
+are in the step, not in the forward. Switches that others need take these with them, so each line says what
+is left. All variants are loaded at once.
 
 Used by: the command line.
 """
@@ -70,18 +71,20 @@ def main(argv: Sequence[str]) -> int:
     limit = runner.max_model_len
     if limit is not None and args.context + args.num_drafts > limit:
         raise ConfigError(f"--context {args.context}: the model's is {limit}; give less")
+    reading = _seconds_of_reading(runner, args)
     variants = [_prepare("all", runner, args)]
     variants += [
         _prepare(f"--no_{switch}", ModelRunner(replace(config, **{switch: False})), args)
         for switch in _SWITCHES[runner.device.type]
     ]
-    reading = _seconds_of_reading(runner, args)
     sys.stdout.write(f"{reading * 1e3:.2f} ms to read weights, keys and values once\n")
-    sys.stdout.write(f"{'':22}    step ms  x reading  forward ms  x reading\n")
-    for name, (step, forward) in _measure(variants, args).items():
+    sys.stdout.write(f"{'':22}    step ms  x reading  forward ms  x reading  what is fast\n")
+    taken = _measure(variants, args)
+    for variant in variants:
+        step, forward = taken[variant.name]
         sys.stdout.write(
-            f"{name:22} {step * 1e3:10.3f} {step / reading:10.2f} "
-            f"{forward * 1e3:11.3f} {forward / reading:10.2f}\n"
+            f"{variant.name:22} {step * 1e3:10.3f} {step / reading:10.2f} "
+            f"{forward * 1e3:11.3f} {forward / reading:10.2f}  {_what_is_fast(variant.runner)}\n"
         )
     return 0
 
@@ -93,7 +96,19 @@ def _prepare(name: str, runner: ModelRunner, args: argparse.Namespace) -> Varian
     engine = EngineConfig(
         stream_width=args.stream_width, block_size=_BLOCK_SIZE, num_blocks=num_blocks
     )
-    return Variant(name, runner, runner.make_cache(engine, length))
+    cache = runner.make_cache(engine, length)
+    # The system gives no memory before it is written to.
+    cache.clear(list(range(1, num_blocks)))
+    return Variant(name, runner, cache)
+
+
+def _what_is_fast(runner: ModelRunner) -> str:
+    parts = {
+        f"layers {runner.layers}": bool(runner.layers),
+        "drawing": runner.sampling_kernels is not None,
+        "paged attention": runner.is_paged,
+    }
+    return ", ".join(part for part, is_there in parts.items() if is_there) or "nothing"
 
 
 def _seconds_of_reading(runner: ModelRunner, args: argparse.Namespace) -> float:

@@ -5,7 +5,7 @@ Counted are the weights, once per step, the keys and values read and written, an
 both. Activations, sampling and the host are not: a share of 100 % is out of reach. Experts of a
 mixture are not counted, so that mixtures have no roofline.
 
-Used by: `jobs.benchmark`.
+Used by: `jobs.benchmark`, `jobs.benchmark_step`.
 """
 
 import time

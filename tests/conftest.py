@@ -34,8 +34,8 @@ from tests.fakes import FREE, PROMPTS, TOKENIZER, Draws, draw, load_runner, save
 torch.set_num_threads(1)
 
 SMALL_TRIALS = {
-    "gpu_products._LOW_ROWS": 16,
-    "gpu_products._HIGH_ROWS": 32,
+    "gpu_products._LOW_ROWS": 8,
+    "gpu_products._HIGH_ROWS": 16,
     "gpu_products._FEW_TILES": 2,
     "gpu_sampling._TRIED_ROWS": 4,
     "llama_like._LENGTHS": (5, 18),

@@ -39,5 +39,5 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
-    """Kernels of Triton are launched on the current device, wherever their tensors lie."""
+    """Makes `device` the current one while it lasts: there Triton launches, wherever tensors lie."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -152,7 +152,8 @@ def fuse_gpu_layers(
         GpuLayer(layer, calls[layer.self_attn.layer_idx], batch_invariant=batch_invariant)
         for layer in layers
     ]
-    for product in fused[0].products:
+    kinds = {product.kind: product for layer in fused for product in layer.products}
+    for product in kinds.values():
         product.check()
     if batch_invariant:
         _check_rows(fused[0], decoder, block_size)
@@ -165,9 +166,9 @@ def _linears(layer: Any) -> list[torch.nn.Linear]:
 
 @torch.inference_mode()
 def _check_rows(layer: GpuLayer, decoder: Any, block_size: int) -> None:
-    """All kernels in the model's type, for few rows and for so many that no product is in parts.
+    """All kernels in the model's type, for one row and for so many that no product is in parts.
 
-    Raises: NotFusedError when a text's last row is not the same in both.
+    Raises: NotFusedError when the last row of a made-up text is not the same in both.
     """
     weight = layer.norm.weight
     num_rows = max(product.rows_in_one for product in layer.products)

@@ -80,8 +80,13 @@ class GpuProduct:
         self._num_splits = -(-num_inputs // self._split_size)
 
     @property
+    def kind(self) -> tuple[torch.Size, bool]:
+        """Shape of the weights, and whether there is a bias."""
+        return self._weight.shape, self._bias is not None
+
+    @property
     def rows_in_one(self) -> int:
-        """So many make tiles enough for one part."""
+        """Rows from which there are tiles enough without splitting the inputs."""
         return _HIGH_ROWS * -(-_FEW_TILES // self._num_tiles)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -95,7 +95,8 @@ class GpuSampling:
         def settle(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             values = logits[rows].float()
             ids = 2**32 - 1 - (candidates[rows] & (2**32 - 1))
-            tokens = draw_rest(values / temperature, ids, keys[rows], positions[rows])
+            scaled = values / values.new_full((), temperature)
+            tokens = draw_rest(scaled, ids, keys[rows], positions[rows])
             chosen = values.gather(-1, tokens[:, None])[:, 0]
             return tokens, (chosen.double() - log_totals[rows]).float()
 

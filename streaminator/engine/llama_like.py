@@ -114,23 +114,27 @@ def check_norm(norm: Any, dim: int) -> None:
 def computes_the_same(
     layer: Any, decoder: Any, call: LayerCall, block_size: int, forwards: list[Forward]
 ) -> bool:
-    """Whether all `forwards` agree with a layer of float32, on made-up rows."""
-    try:
-        with _in_full_float32():
-            return _compute_the_same(layer, decoder, call, block_size, forwards)
-    except TypeError:  # one of transformers' wants other arguments
-        return False
+    """Whether all `forwards` agree with a layer of float32, on made-up rows.
+
+    Raises: NotFusedError when layers of this kind want other arguments, or rotate parts of heads.
+    """
+    with _in_full_float32():
+        return _compute_the_same(layer, decoder, call, block_size, forwards)
 
 
 @contextmanager
 def _in_full_float32() -> Iterator[None]:
     """Whatever a trainer in the same process has asked of products."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    mkldnn: Any = torch.backends.mkldnn
+    backends = torch.backends.cuda.matmul, mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _compute_the_same(
@@ -144,12 +148,15 @@ def _compute_the_same(
 
     def plain(x: torch.Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> torch.Tensor:
         nonlocal is_known
-        result = layer(
-            x[None],
-            position_embeddings=tuple(part[None] for part in rotary),
-            stream=Stream(batch, cache),
-            attention_mask=None,
-        )
+        try:
+            result = layer(
+                x[None],
+                position_embeddings=tuple(part[None] for part in rotary),
+                stream=Stream(batch, cache),
+                attention_mask=None,
+            )
+        except TypeError as error:
+            raise NotFusedError(f"{type(layer).__name__} wants other arguments") from error
         is_known &= isinstance(result, torch.Tensor)
         return result[0] if is_known else x
 
@@ -162,15 +169,24 @@ def _compute_the_same(
         rows = []
         for batch in steps:
             x = torch.randn(batch.positions.shape[1], len(weight), generator=generator, **options)
-            cosine, sine = decoder.rotary_emb(x[None], position_ids=batch.positions)
-            if cosine.shape[-1] != call.shape.key_dim:
-                raise TypeError("rotates a part of each head")
-            result = forward(x.clone(), (cosine[0], sine[0]), cache, batch)
+            rotary = _rotations(decoder, x, batch, call.shape.key_dim)
+            result = forward(x.clone(), rotary, cache, batch)
             rows.append((result - x)[: batch.num_tokens])
         return torch.cat(rows)
 
     expected = deltas(plain)
     return is_known and all(is_near(expected, deltas(forward)) for forward in forwards)
+
+
+def _rotations(decoder: Any, x: torch.Tensor, batch: Batch, dim: int) -> Rotary:
+    name = type(decoder.rotary_emb).__name__
+    try:
+        cosine, sine = decoder.rotary_emb(x[None], position_ids=batch.positions)
+    except TypeError as error:
+        raise NotFusedError(f"{name} wants other arguments") from error
+    if cosine.shape[-1] != dim:
+        raise NotFusedError(f"{name} rotates parts of heads")
+    return cosine[0].contiguous(), sine[0].contiguous()
 
 
 @torch.inference_mode()

@@ -59,7 +59,7 @@ class ModelRunner:
         self._packs = config.packed_linear and self.device.type == "cpu"
         self._has_kernels = self._packs and config.compiled_kernels
         self.sampling_kernels: SamplingKernels | None = None
-        """Draw tokens, once `pack_weights` (CPU) or `make_cache` (GPU) has found them right; None: PyTorch does."""
+        """Draw tokens: a CPU's from `pack_weights` on, a GPU's from `make_cache`; None: PyTorch does."""
         self._packer: Packer | None = None
         self._packed: list[torch.nn.Linear] = []
         self._fused: FusedModel | None = None

@@ -8,7 +8,7 @@ A tile of 32 rows writes parts of an eighth of what it reads in bfloat16, and th
 
 No number here is tuned while running: another choice would give other bits.
 
-Used by: `attention`, `paged_trial`.
+Used by: `attention`, `paged_trial`, `gpu_layers`, `gpu_sampling`.
 """
 
 import importlib

@@ -188,10 +188,12 @@ def _draw(
     size = logits.shape[-1]
     num = min(size, max(NUM_CANDIDATES, params.top_k))
     values, ids = _likeliest(logits, num)
-    values, scaled = values / params.temperature, logits / params.temperature
+    # By a tensor: a GPU would multiply by the inverse of a number.
+    temperature = logits.new_full((), params.temperature)
+    values, scaled = values / temperature, logits / temperature
     # The largest is subtracted first: what is left for the rest is a small difference.
-    relative = scaled - values[:, :1]
-    logprobs = (values - values[:, :1]).double() - relative.logsumexp(-1, keepdim=True).double()
+    log_total = (scaled - values[:, :1]).logsumexp(-1, keepdim=True)
+    logprobs = values.double() - values[:, :1].double() - log_total.double()
     probs = logprobs.exp()
     rest_mass = (1 - probs.sum(-1)).clamp(min=0)
     top = ids, probs.float()

@@ -161,7 +161,7 @@ def draw(
         totals += tl.num_programs(0).to(tl.int64) * num_pieces
         top = tl.div_rn(top, temperature)
         log_sum = _log_sum(tl.div_rn(most, temperature), totals + place, top, mask)
-        scaled = (tl.div_rn(value, temperature) - top).to(tl.float64) - log_sum
+        scaled = tl.div_rn(value, temperature).to(tl.float64) - top.to(tl.float64) - log_sum
         probs = tl.where(is_one, tl.exp(scaled), 0.0)
         step = tl.load(positions + row).to(tl.uint64) * 0x9E3779B97F4A7C15
         row_key = _mix(tl.load(noise_keys + row).to(tl.uint64) + step)

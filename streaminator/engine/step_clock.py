@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long each phase of a step takes.
 
-Used by: `engine.Engine`.
+Used by: `engine.Engine`, `jobs.benchmark_step`.
 """
 
 import time

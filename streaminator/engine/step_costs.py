@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure what a step costs by its packed tokens, before the first one.
 
-Used by: `engine.Engine`, for the draft budget; `engine.stream_width`.
+Used by: `engine.Engine`, for the draft budget; `engine.stream_width`; `jobs.benchmark_step`.
 """
 
 import time
@@ -194,10 +194,14 @@ def _repeat(
 def made_up_sequences(
     cache: KVCache, num_tokens: int, stream_width: int, context: int
 ) -> list[Sequence]:
-    """Of `context` tokens each, of which the newest is to be computed, with drafts for the rest of a
-    step's `num_tokens`.
+    """What a step is to compute, where nothing depends on the text.
 
-    Each has blocks of its own, as far as there are; what is written to them is not read.
+    Args:
+        cache: each sequence has blocks of its own, as far as there are; what is written to them is
+            not read.
+        num_tokens: of the step; what is more than one of each sequence is drafts.
+        stream_width: sequences at most.
+        context: tokens of each, of which the newest is to be computed.
     """
     width = min(stream_width, num_tokens)
     lengths = [num_tokens // width + (i < num_tokens % width) for i in range(width)]

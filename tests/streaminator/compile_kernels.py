@@ -77,7 +77,6 @@ def compile_layers(capability):
     for dtype, rows, num_stages, has_bias in (
         (torch.bfloat16, low, 4, False),
         (torch.float16, high, 3, True),
-        (torch.float32, low, 4, False),
     ):
         step = gpu_products._STEP_BYTES // dtype.itemsize
         constants = {"ROWS": rows, "OUTPUTS": 128, "STEP": step, "HAS_BIAS": has_bias}

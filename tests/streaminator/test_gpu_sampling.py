@@ -69,8 +69,8 @@ def test_equal_logits_are_told_apart_as_in_pytorch(levels: int, temperature: flo
 @pytest.mark.parametrize("temperature", [0, 0.8, 100])
 @pytest.mark.parametrize("num_left", [1, 30, 100])
 def test_tokens_that_are_ruled_out_are_never_drawn(num_left: int, temperature: float) -> None:
-    logits = random_logits(12, 9000, 1.0)
-    order = torch.rand(12, 9000, generator=torch.Generator().manual_seed(1)).argsort(-1)
+    logits = random_logits(6, 9000, 1.0)
+    order = torch.rand(6, 9000, generator=torch.Generator().manual_seed(1)).argsort(-1)
     logits.scatter_(-1, order[:, num_left:], -math.inf)
     expected, drawn = both(logits, temperature)
     assert_same(expected, drawn)
@@ -98,8 +98,8 @@ def test_a_row_that_is_not_finite_is_invalid_and_the_others_are_not_touched(
 @pytest.mark.parametrize("temperature", [0.01, 0.03, 0.3])
 def test_nothing_is_left_for_the_rest_where_a_few_tokens_have_all_mass(temperature: float) -> None:
     """Rounding of large numbers would leave it 1e-5 and more, in either implementation."""
-    logits = random_logits(60, 1000, 1.0)
-    logits[:, 7] = 17.9375 + torch.arange(60) / 7
+    logits = random_logits(24, 1000, 1.0)
+    logits[:, 7] = 17.9375 + torch.arange(24) / 7
     logits[::2, 300] = logits[::2, 7]
     for drawn in both(logits, temperature, num_top=2):
         mass = drawn.top_probs.double().sum(-1)

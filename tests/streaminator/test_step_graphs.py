@@ -38,13 +38,13 @@ pytestmark = [
 ]
 
 BLOCK = 16
-SAMPLING = SamplingParams(temperature=0.8, max_length=10, ignore_eos=True)
+SAMPLING = SamplingParams(temperature=0.8, max_length=8, ignore_eos=True)
 STREAM = EngineConfig(stream_width=2, max_batched_tokens=64)
 # Triton's interpreter is slow: one layer, one KV head, and few tokens.
 SMALL = {"num_hidden_layers": 1, "num_key_value_heads": 1}
 SHORT = [make_prompt(f"p{n}", random_tokens(n, seed=n), 2) for n in (3, 20)]
 # Four chunks, of which only the last is sampled; its completions reach a second split of keys.
-PROMPTS = [*SHORT, make_prompt("p250", random_tokens(250, seed=250), 2)]
+PROMPTS = [*SHORT, make_prompt("p250", random_tokens(250, seed=250), 1)]
 
 
 class Captures:
