@@ -11,9 +11,10 @@ from streaminator.config import SamplingParams
 from streaminator.engine import gpu_sampling
 from streaminator.engine.gpu_sampling import GpuSampling
 from streaminator.engine.paged_attention import has_triton
-from streaminator.engine.sampler import INVALID_TOKEN, Drawn, draw_rest, sample
+from streaminator.engine.sampler import Drawn, draw_rest, sample
 from tests.fakes import settled
 from tests.streaminator.test_sampling import random_logits
+from tests.streaminator.test_sampling_kernel import assert_poison_stays_in_its_rows
 
 pytestmark = [
     pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
@@ -83,16 +84,7 @@ def test_tokens_that_are_ruled_out_are_never_drawn(num_left: int, temperature: f
 def test_a_row_that_is_not_finite_is_invalid_and_the_others_are_not_touched(
     poison: float, size: int, temperature: float
 ) -> None:
-    logits = random_logits(6, size, 1.0)
-    _, clean = both(logits, temperature, num_top=5)
-    logits[2, 33] = poison
-    logits[3] = poison
-    logits[4] = -math.inf
-    _, drawn = both(logits, temperature, num_top=5)
-    assert drawn.tokens[2:5].tolist() == [INVALID_TOKEN] * 3
-    rest = torch.tensor([0, 1, 5])
-    for field, before in zip(drawn[:4], clean[:4], strict=True):
-        assert torch.equal(field[rest], before[rest])
+    assert_poison_stays_in_its_rows(both, random_logits(6, size, 1.0), poison, temperature)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.03, 0.3])

@@ -2,6 +2,7 @@
 """The compiled sampler draws what the one in PyTorch draws."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -42,6 +43,24 @@ def assert_same(expected: Drawn, drawn: Drawn) -> None:
     assert drawn.top_ids.shape == expected.top_ids.shape
     torch.testing.assert_close(drawn.logprobs, expected.logprobs, rtol=0, atol=1e-5)
     torch.testing.assert_close(drawn.top_probs, expected.top_probs, rtol=0, atol=1e-5)
+
+
+def assert_poison_stays_in_its_rows(
+    both: Callable[[torch.Tensor, float, int], tuple[Drawn, Drawn]],
+    logits: torch.Tensor,
+    poison: float,
+    temperature: float,
+) -> None:
+    """Rows 2 to 4 of six are invalid with it in them, and the others as before."""
+    _, clean = both(logits, temperature, 5)
+    logits[2, 33] = poison
+    logits[3] = poison
+    logits[4] = -math.inf
+    _, drawn = both(logits, temperature, 5)
+    assert drawn.tokens[2:5].tolist() == [INVALID_TOKEN] * 3
+    rest = torch.tensor([0, 1, 5])
+    for field, before in zip(drawn[:4], clean[:4], strict=True):
+        assert torch.equal(field[rest], before[rest])
 
 
 @pytest.mark.parametrize("temperature", [0, 0.3, 0.8, 1, 1.7])
@@ -112,15 +131,7 @@ def test_a_row_that_is_not_finite_is_invalid_and_the_others_are_not_touched(
     dtype: torch.dtype, poison: float, size: int, temperature: float
 ) -> None:
     logits = random_logits(6, size, 1.0).to(dtype)
-    _, clean = both(logits, temperature, num_top=5)
-    logits[2, 33] = poison
-    logits[3] = poison
-    logits[4] = -math.inf
-    _, drawn = both(logits, temperature, num_top=5)
-    assert drawn.tokens[2:5].tolist() == [INVALID_TOKEN] * 3
-    rest = torch.tensor([0, 1, 5])
-    for field, before in zip(drawn[:4], clean[:4], strict=True):
-        assert torch.equal(field[rest], before[rest])
+    assert_poison_stays_in_its_rows(both, logits, poison, temperature)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
