@@ -27,7 +27,13 @@ from ray.exceptions import (
 
 from actors.worker import SamplerWorker, Worker
 from streaminator.config import JobConfig
-from streaminator.errors import InputError, StreaminatorError, WorkerDiedError, first_line
+from streaminator.errors import (
+    InputError,
+    StreaminatorError,
+    WorkerDiedError,
+    first_line,
+    kind_and_line,
+)
 from streaminator.pool import (
     Event,
     OpenRun,
@@ -267,7 +273,7 @@ def _get(reference: Any, timeout: float | None = None) -> Any:
         cause = error.cause
         if isinstance(cause, StreaminatorError):
             raise cause from None
-        raise WorkerDiedError(f"{type(cause).__name__}: {first_line(cause)}") from error
+        raise WorkerDiedError(kind_and_line(cause)) from error
     except GetTimeoutError as error:
         raise WorkerDiedError(f"no answer in {timeout:.0f} s") from error
     except RayError as error:

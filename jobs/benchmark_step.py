@@ -118,8 +118,7 @@ def _seconds_of_reading(runner: ModelRunner, args: argparse.Namespace) -> float:
             f"--model_name {args.model_name}: what a mixture of experts reads depends on its text; "
             "give another model"
         )
-    num_bytes = (shape.body + shape.head) * shape.itemsize
-    num_bytes += args.stream_width * args.context * shape.kv_bytes
+    num_bytes = shape.weight_bytes + args.stream_width * args.context * shape.kv_bytes
     return num_bytes / measure_machine(runner.device, runner.dtype).copy_rate
 
 

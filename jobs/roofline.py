@@ -55,6 +55,11 @@ class Shape:
     attended: int
     """Operations per pair of a query and a key, over all layers."""
 
+    @property
+    def weight_bytes(self) -> int:
+        """That a step reads."""
+        return (self.body + self.head) * self.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
@@ -138,8 +143,7 @@ def roofline(run: Run, shape: Shape, machine: Machine) -> Roofline | None:
         return None
     num_tokens = run.num_prefill_tokens + run.num_sampled_tokens
     num_bytes = (
-        run.num_steps * (shape.body + shape.head) * shape.itemsize
-        + (run.num_read_tokens + num_tokens) * shape.kv_bytes
+        run.num_steps * shape.weight_bytes + (run.num_read_tokens + num_tokens) * shape.kv_bytes
     )
     flops = (
         2 * shape.body * num_tokens

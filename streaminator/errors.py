@@ -54,6 +54,11 @@ class WorkerDiedError(StreaminatorError, RuntimeError):
     """A worker process ended before its work did."""
 
 
+def kind_and_line(error: BaseException) -> str:
+    """Its type and what it says, on one line."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, on one line of bounded length."""
     text = str(error).strip() or type(error).__name__

@@ -46,6 +46,11 @@ class LayerCall:
     sliding_window: int | None
     softcap: float | None
 
+    @property
+    def scale(self) -> float:
+        """Factor on the scores."""
+        return self.shape.key_dim**-0.5 if self.scaling is None else self.scaling
+
 
 @dataclass(slots=True)
 class Stream:

@@ -226,7 +226,7 @@ def _rung(number: int) -> int:
     return _ceil(number, step) * step
 
 
-def _power(number: int, base_bits: int = 1) -> int:
+def next_power(number: int, base_bits: int = 1) -> int:
     """The next power of 2 ** `base_bits`."""
     return 1 << _ceil((number - 1).bit_length(), base_bits) * base_bits
 
@@ -323,9 +323,9 @@ def _group(lines: Lines, members: list[int], padding: int | None, least: int = 1
         used = int(np.flatnonzero(tables.any(0)).max(initial=0)) + 1
         valid = None if is_valid.all() else np.flatnonzero(is_valid)
         return _Group(rows, tables[:, :used], positions, valid, has_own_keys=False)
-    num_lines, num_queries = _power(max(len(members), least)), _power(rows.shape[1], 2)
+    num_lines, num_queries = next_power(max(len(members), least)), next_power(rows.shape[1], 2)
     # All groups of a step have tables of one length, so that there are fewer shapes.
-    num_keys = _power(_ceil(tables.shape[1] * padding, _KEYS)) * _KEYS
+    num_keys = next_power(_ceil(tables.shape[1] * padding, _KEYS)) * _KEYS
     return _Group(
         _padded(rows + 1, num_lines, num_queries) - 1,
         _padded(tables, num_lines, _ceil(num_keys, padding)),

@@ -37,10 +37,12 @@ from streaminator.engine.llama_like import (
     Forward,
     NotFusedError,
     Rotary,
-    computes_the_same,
+    differs,
     eps_of,
     head_norms,
     layers_of,
+    linears_of,
+    try_layer,
 )
 from streaminator.engine.packed_linear import Packer, Product
 
@@ -52,21 +54,14 @@ class FusedLayer:
         self.layer = layer
         self.kernels = kernels
         self._packer = packer
-        attention, mlp = layer.self_attn, layer.mlp
-        self.index: int = attention.layer_idx
+        self.index: int = layer.self_attn.layer_idx
         self._norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        self._head_norms = head_norms(attention)
-        self._sources = [
-            [attention.q_proj, attention.k_proj, attention.v_proj],
-            [attention.o_proj],
-            [mlp.gate_proj, mlp.up_proj],
-            [mlp.down_proj],
-        ]
-        head_dim = call.shape.key_dim
+        self._head_norms = head_norms(layer.self_attn)
+        self._sources = linears_of(layer)
         self._shape = shape_of(
             call.num_heads,
             call.shape.num_heads,
-            scale=head_dim**-0.5 if call.scaling is None else call.scaling,
+            scale=call.scale,
             window=call.sliding_window,
             eps=eps_of(self._head_norms[0]) if self._head_norms else 0.0,
             norms=[norm.weight for norm in self._head_norms],
@@ -188,8 +183,7 @@ def fuse_layers(
     fused = []
     for layer in layers:
         call = calls[layer.self_attn.layer_idx]
-        if not _computes_the_same(layer, decoder, call, *trial):
-            raise NotFusedError(f"{type(layer).__name__} computes something else than a Llama's")
+        _try_layer(layer, decoder, call, *trial)
         fused.append(FusedLayer(layer, call, kernels[dtype], packer))
         if not fused[-1].can_pack():
             raise NotFusedError("its products do not pack, or a row is not the same in any batch")
@@ -197,14 +191,12 @@ def fuse_layers(
     return FusedStack(fused)
 
 
-def _computes_the_same(
-    layer: Any, decoder: Any, call: LayerCall, kernels: Kernels, packer: Packer
-) -> bool:
-    """Whether the fused layer, and a stack of it, agree with the layer, in float32."""
+def _try_layer(layer: Any, decoder: Any, call: LayerCall, kernels: Kernels, packer: Packer) -> None:
+    """Raises: NotFusedError when the fused layer, or a stack of it, does not agree with the layer."""
     layer = copy.deepcopy(layer).float()
     fused = FusedLayer(layer, call, kernels, packer)
     if not fused.can_pack():
-        return False
+        raise differs(layer)
     fused.pack()
 
     def through(forward: FusedLayer | FusedStack) -> Forward:
@@ -215,7 +207,7 @@ def _computes_the_same(
         return run
 
     forwards = [through(fused), through(FusedStack([fused]))]
-    return computes_the_same(layer, decoder, call, BLOCK_SIZE, forwards)
+    try_layer(layer, decoder, call, BLOCK_SIZE, forwards)
 
 
 def _join(layers: Sequence[torch.nn.Linear]) -> torch.Tensor:

@@ -17,14 +17,7 @@ from streaminator.engine.batch import ROW_MULTIPLE, Batch
 from streaminator.engine.fused_layers import FusedStack, fuse_layers
 from streaminator.engine.kernels import KERNEL_ROW_MULTIPLE, Kernels, lines_of
 from streaminator.engine.kv_cache import KVCache
-from streaminator.engine.llama_like import (
-    NotFusedError,
-    Rotary,
-    eps_of,
-    is_all_there_is,
-    norms_the_same,
-    parts_of,
-)
+from streaminator.engine.llama_like import Rotary, eps_of, parts_of, try_norm, try_rest
 from streaminator.engine.packed_linear import Packer
 
 
@@ -127,9 +120,7 @@ def fuse_model(
     stack = fuse_layers(model.get_decoder(), calls, block_size, packer)
     norm = parts_of(model, stack.kernels.dtype).norm
     plain = Kernels(torch.float32, calls[0].shape.key_dim)
-    if not norms_the_same(norm, lambda x, norm: plain.rms_norm(x, norm.weight, eps_of(norm))):
-        raise NotFusedError(f"{type(norm).__name__} computes something else than a Llama's")
+    try_norm(norm, lambda x, norm: plain.rms_norm(x, norm.weight, eps_of(norm)))
     fused = FusedModel(model, stack, max_length)
-    if not is_all_there_is(model, lambda *rows: fused.embed(*rows, end=1 + int(rows[1].max()))):
-        raise NotFusedError(f"{type(model).__name__} computes something around its layers")
+    try_rest(model, lambda *rows: fused.embed(*rows, end=1 + int(rows[1].max())))
     return fused

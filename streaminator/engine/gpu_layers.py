@@ -12,18 +12,19 @@ from typing import Any
 import torch
 
 from streaminator.engine.attention import LayerCall
-from streaminator.engine.batch import Batch, pack
+from streaminator.engine.batch import Batch, next_power, pack
 from streaminator.engine.gpu_products import GpuProduct, gpu_kernels
 from streaminator.engine.kv_cache import KVCache
 from streaminator.engine.llama_like import (
     NotFusedError,
     Rotary,
-    computes_the_same,
     eps_of,
     head_norms,
-    layers_of,
+    linears_of,
+    rotations_of,
+    try_layer,
 )
-from streaminator.engine.paged_attention import attend_paged, power_of_two
+from streaminator.engine.paged_attention import attend_paged
 from streaminator.sequence import Prompt, Sequence
 
 _SIZE = 1024
@@ -35,21 +36,13 @@ class GpuLayer:
 
     def __init__(self, layer: Any, call: LayerCall, *, batch_invariant: bool) -> None:
         """Raises: NotFusedError when its weights do not join."""
-        attention, mlp = layer.self_attn, layer.mlp
-        self.index: int = attention.layer_idx
+        self.index: int = layer.self_attn.layer_idx
         self.call = call
-        self._scale = call.shape.key_dim**-0.5 if call.scaling is None else call.scaling
         self.norm = layer.input_layernorm
         self._second_norm = layer.post_attention_layernorm
-        self._head_norms = head_norms(attention)
+        self._head_norms = head_norms(layer.self_attn)
         self.products = [
-            GpuProduct(linears, batch_invariant=batch_invariant)
-            for linears in (
-                [attention.q_proj, attention.k_proj, attention.v_proj],
-                [attention.o_proj],
-                [mlp.gate_proj, mlp.up_proj],
-                [mlp.down_proj],
-            )
+            GpuProduct(linears, batch_invariant=batch_invariant) for linears in linears_of(layer)
         ]
 
     def __call__(
@@ -78,7 +71,7 @@ class GpuLayer:
         for group in batch.groups:
             attend_paged(
                 attended, query, key, value, pools, group,
-                scale=self._scale, window=self.call.sliding_window, softcap=None,
+                scale=self.call.scale, window=self.call.sliding_window, softcap=None,
             )  # fmt: skip
         parts = output(attended.flatten(1))
         return down(_silu_mul(gate_up(add_norm(x, parts, self._second_norm)), x.dtype))
@@ -100,11 +93,11 @@ class GpuLayer:
         )
         norms = [norm.weight for norm in self._head_norms] or list(rotary)  # not read
         eps = float(eps_of(self._head_norms[0])) if self._head_norms else 0.0
-        heads_at_once = max(_SIZE // power_of_two(dim), 1)
+        heads_at_once = max(_SIZE // next_power(dim), 1)
         grid = num_rows, -(-(num_heads + 2 * num_kv_heads) // heads_at_once)
         gpu_kernels().rotate[grid](
             query, key, value, *pools, qkv, *rotary, slots, *norms, num_rows, len(slots), eps,
-            N=num_heads, K=num_kv_heads, H=dim, HALF_PADDED=power_of_two(dim // 2),
+            N=num_heads, K=num_kv_heads, H=dim, HALF_PADDED=next_power(dim // 2),
             HEADS=heads_at_once, HAS_NORMS=bool(self._head_norms), C=num_parts,
             num_warps=4,
         )  # fmt: skip
@@ -117,7 +110,7 @@ def add_norm(x: torch.Tensor, parts: torch.Tensor | None, norm: Any) -> torch.Te
     normed = torch.empty_like(x)
     gpu_kernels().add_norm[(num_rows,)](
         normed, x, x if parts is None else parts, norm.weight, num_rows, float(eps_of(norm)),
-        D=dim, D_PADDED=power_of_two(dim), C=0 if parts is None else len(parts),
+        D=dim, D_PADDED=next_power(dim), C=0 if parts is None else len(parts),
         num_warps=8,
     )  # fmt: skip
     return normed
@@ -134,18 +127,21 @@ def _silu_mul(both: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def fuse_gpu_layers(
-    decoder: Any, calls: dict[int, LayerCall], block_size: int, *, batch_invariant: bool
+    layers: list[Any],
+    decoder: Any,
+    calls: dict[int, LayerCall],
+    block_size: int,
+    *,
+    batch_invariant: bool,
 ) -> list[GpuLayer]:
-    """All layers of a model's decoder, tried.
+    """All layers of a model's decoder (`llama_like.layers_of`), tried.
 
     Raises: NotFusedError naming the reason.
     """
-    layers = layers_of(decoder, calls)
     for layer in layers:
         call = calls[layer.self_attn.layer_idx]
-        if not _computes_the_same(layer, decoder, call, block_size, batch_invariant):
-            raise NotFusedError(f"{type(layer).__name__} computes something else than a Llama's")
-    weights = [linear.weight for layer in layers for linear in _linears(layer)]
+        _try_layer(layer, decoder, call, block_size, batch_invariant)
+    weights = [x.weight for layer in layers for joined in linears_of(layer) for x in joined]
     if len({weight.data_ptr() for weight in weights}) < len(weights):
         raise NotFusedError(f"{type(decoder).__name__} uses weights twice")
     fused = [
@@ -158,10 +154,6 @@ def fuse_gpu_layers(
     if batch_invariant:
         _check_rows(fused[0], decoder, block_size)
     return fused
-
-
-def _linears(layer: Any) -> list[torch.nn.Linear]:
-    return [module for module in layer.modules() if type(module) is torch.nn.Linear]
 
 
 @torch.inference_mode()
@@ -196,8 +188,7 @@ def _check_rows(layer: GpuLayer, decoder: Any, block_size: int) -> None:
         batch = pack([text], block_size=block_size, device=weight.device)
         padded = x.new_zeros(batch.positions.shape[1], len(weight))
         padded[: num_rows - first] = x[first:]
-        cosine, sine = decoder.rotary_emb(padded[None], position_ids=batch.positions)
-        rotary = cosine[0].contiguous(), sine[0].contiguous()
+        rotary = rotations_of(decoder, padded, batch.positions[0])
         parts = layer(padded, None, rotary, batch, cache)
         add_norm(padded, parts, layer.norm)
         rows.append(padded[num_rows - first - 1])
@@ -205,10 +196,10 @@ def _check_rows(layer: GpuLayer, decoder: Any, block_size: int) -> None:
         raise NotFusedError("a row is not the same in any batch on this card")
 
 
-def _computes_the_same(
+def _try_layer(
     layer: Any, decoder: Any, call: LayerCall, block_size: int, batch_invariant: bool
-) -> bool:
-    """Whether the fused layer agrees with the layer, in float32."""
+) -> None:
+    """Raises: NotFusedError when the fused layer does not agree with the layer, in float32."""
     layer = copy.deepcopy(layer).float()
     fused = GpuLayer(layer, call, batch_invariant=batch_invariant)
 
@@ -216,4 +207,4 @@ def _computes_the_same(
         parts = fused(x, None, rotary, batch, cache)
         return x + parts.sum(0)
 
-    return computes_the_same(layer, decoder, call, block_size, [run])
+    try_layer(layer, decoder, call, block_size, [run])

@@ -21,12 +21,13 @@ from streaminator.engine.llama_like import (
     NotFusedError,
     Parts,
     Rotary,
-    is_all_there_is,
     layers_of,
-    norms_the_same,
     parts_of,
+    rotations_of,
+    try_norm,
+    try_rest,
 )
-from streaminator.errors import first_line
+from streaminator.errors import kind_and_line
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,8 +44,7 @@ class GpuModel:
     def embed(self, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Rotary]:
         """Embeddings [T, D] of `tokens` [T], rotations of `positions` [T]."""
         x = torch.embedding(self._parts.embedding.weight, tokens)
-        cosine, sine = self._parts.decoder.rotary_emb(x[None], position_ids=positions[None])
-        return x, (cosine[0].contiguous(), sine[0].contiguous())
+        return x, rotations_of(self._parts.decoder, x, positions)
 
     def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Logits [padded, V] of the batch's sampled rows; keys and values go to the cache."""
@@ -76,23 +76,23 @@ def fuse_gpu_model(
     except NotFusedError:
         raise
     except Exception as problem:  # compilers raise anything
-        reason = f"{type(problem).__name__}: {first_line(problem)}"
-        raise NotFusedError(f"its kernels do not run ({reason})") from problem
+        raise NotFusedError(f"its kernels do not run ({kind_and_line(problem)})") from problem
 
 
 def _fuse(
     model: Any, calls: dict[int, LayerCall], block_size: int, batch_invariant: bool
 ) -> GpuModel:
-    dtype = layers_of(model.get_decoder(), calls)[0].mlp.down_proj.weight.dtype
+    layers = layers_of(model.get_decoder(), calls)
+    dtype = layers[0].mlp.down_proj.weight.dtype
     if dtype not in _TYPES:
         raise NotFusedError(f"no kernels for {dtype}")
     parts = parts_of(model, dtype)
-    if not norms_the_same(parts.norm, lambda x, norm: add_norm(x, None, norm)):
-        raise NotFusedError(f"{type(parts.norm).__name__} computes something else than a Llama's")
-    layers = fuse_gpu_layers(parts.decoder, calls, block_size, batch_invariant=batch_invariant)
+    try_norm(parts.norm, lambda x, norm: add_norm(x, None, norm))
+    fused_layers = fuse_gpu_layers(
+        layers, parts.decoder, calls, block_size, batch_invariant=batch_invariant
+    )
     head = GpuProduct([parts.head], batch_invariant=batch_invariant, most_splits=1)
     head.check()
-    fused = GpuModel(parts, layers, head)
-    if not is_all_there_is(model, fused.embed):
-        raise NotFusedError(f"{type(model).__name__} computes something around its layers")
+    fused = GpuModel(parts, fused_layers, head)
+    try_rest(model, fused.embed)
     return fused

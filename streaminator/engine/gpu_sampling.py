@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from streaminator.config import SamplingParams
+from streaminator.engine.batch import next_power
 from streaminator.engine.device import on_device
-from streaminator.engine.paged_attention import power_of_two
 from streaminator.engine.sampler import Drawn, draw_rest, sample, to_host
-from streaminator.errors import first_line
+from streaminator.errors import kind_and_line
 
 _GROUP = 64
 """Tokens whose maximum is looked for first."""
@@ -85,8 +85,8 @@ class GpuSampling:
             kernels.draw[(num_rows,)](
                 tokens, logprobs, log_totals, top_ids, top_probs, candidates, tops, totals,
                 keys.contiguous(), positions.contiguous(), warmth, num_top, num_pieces,
-                C=num_candidates, C_PADDED=power_of_two(num_candidates),
-                P_PADDED=power_of_two(num_pieces), IS_GREEDY=is_greedy,
+                C=num_candidates, C_PADDED=next_power(num_candidates),
+                P_PADDED=next_power(num_pieces), IS_GREEDY=is_greedy,
                 HAS_REST=num_candidates < size, num_warps=1,
             )  # fmt: skip
         if is_greedy or num_candidates == size:
@@ -111,7 +111,7 @@ class GpuSampling:
         try:
             return self._try(size, device)
         except Exception as problem:  # noqa: BLE001 - compilers raise anything
-            return f"its kernels do not run ({type(problem).__name__}: {first_line(problem)})"
+            return f"its kernels do not run ({kind_and_line(problem)})"
 
     def _try(self, size: int, device: torch.device) -> str | None:
         generator = torch.Generator(device).manual_seed(0)

@@ -40,6 +40,11 @@ class NotFusedError(Exception):
     """A model's layers stay as they are, for the reason given."""
 
 
+def differs(module: Any) -> NotFusedError:
+    """What to raise for a part that was tried."""
+    return NotFusedError(f"{type(module).__name__} computes something else than a Llama's")
+
+
 class Parts(NamedTuple):
     """What is around the layers."""
 
@@ -88,8 +93,7 @@ def _check_layer(layer: Any, calls: dict[int, LayerCall]) -> None:
         raise NotFusedError(f"{type(attention).__name__} has other parts than a Llama's")
     if {child for child, _ in mlp.named_children()} - {"act_fn"} != _MLP:
         raise NotFusedError(f"{type(mlp).__name__} has other parts than a Llama's")
-    products = [getattr(attention, part) for part in _ATTENTION] + [getattr(mlp, p) for p in _MLP]
-    if any(type(product) is not torch.nn.Linear for product in products):
+    if any(type(x) is not torch.nn.Linear for joined in linears_of(layer) for x in joined):
         raise NotFusedError(f"{name} has products of other kinds than torch's Linear")
     if len({parameter.dtype for parameter in layer.parameters()}) > 1:
         raise NotFusedError(f"{name} has weights of several types")
@@ -111,15 +115,16 @@ def check_norm(norm: Any, dim: int) -> None:
 
 
 @torch.inference_mode()
-def computes_the_same(
+def try_layer(
     layer: Any, decoder: Any, call: LayerCall, block_size: int, forwards: list[Forward]
-) -> bool:
-    """Whether all `forwards` agree with a layer of float32, on made-up rows.
+) -> None:
+    """Run `forwards` beside a layer of float32, on made-up rows.
 
-    Raises: NotFusedError when layers of this kind want other arguments, or rotate parts of heads.
+    Raises: NotFusedError when one does not agree with it, or the layer wants other arguments, or
+    parts of heads are rotated.
     """
     with _in_full_float32():
-        return _compute_the_same(layer, decoder, call, block_size, forwards)
+        _try_layer(layer, decoder, call, block_size, forwards)
 
 
 @contextmanager
@@ -137,17 +142,15 @@ def _in_full_float32() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def _compute_the_same(
+def _try_layer(
     layer: Any, decoder: Any, call: LayerCall, block_size: int, forwards: list[Forward]
-) -> bool:
+) -> None:
     index: int = layer.self_attn.layer_idx
     weight = layer.mlp.down_proj.weight
     options: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
     steps = _made_up_steps(block_size, weight.device)
-    is_known = True
 
     def plain(x: torch.Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> torch.Tensor:
-        nonlocal is_known
         try:
             result = layer(
                 x[None],
@@ -157,8 +160,19 @@ def _compute_the_same(
             )
         except TypeError as error:
             raise NotFusedError(f"{type(layer).__name__} wants other arguments") from error
-        is_known &= isinstance(result, torch.Tensor)
-        return result[0] if is_known else x
+        if not isinstance(result, torch.Tensor):
+            raise differs(layer)
+        return result[0]
+
+    def rotate(x: torch.Tensor, positions: torch.Tensor) -> Rotary:
+        name = type(decoder.rotary_emb).__name__
+        try:
+            rotary = rotations_of(decoder, x, positions)
+        except TypeError as error:
+            raise NotFusedError(f"{name} wants other arguments") from error
+        if rotary[0].shape[-1] != call.shape.key_dim:
+            raise NotFusedError(f"{name} rotates parts of heads")
+        return rotary
 
     def deltas(forward: Forward) -> torch.Tensor:
         generator = torch.Generator(weight.device).manual_seed(index)
@@ -169,39 +183,31 @@ def _compute_the_same(
         rows = []
         for batch in steps:
             x = torch.randn(batch.positions.shape[1], len(weight), generator=generator, **options)
-            rotary = _rotations(decoder, x, batch, call.shape.key_dim)
-            result = forward(x.clone(), rotary, cache, batch)
+            result = forward(x.clone(), rotate(x, batch.positions[0]), cache, batch)
             rows.append((result - x)[: batch.num_tokens])
         return torch.cat(rows)
 
     expected = deltas(plain)
-    return is_known and all(is_near(expected, deltas(forward)) for forward in forwards)
-
-
-def _rotations(decoder: Any, x: torch.Tensor, batch: Batch, dim: int) -> Rotary:
-    name = type(decoder.rotary_emb).__name__
-    try:
-        cosine, sine = decoder.rotary_emb(x[None], position_ids=batch.positions)
-    except TypeError as error:
-        raise NotFusedError(f"{name} wants other arguments") from error
-    if cosine.shape[-1] != dim:
-        raise NotFusedError(f"{name} rotates parts of heads")
-    return cosine[0].contiguous(), sine[0].contiguous()
+    if not all(_is_near(expected, deltas(forward)) for forward in forwards):
+        raise differs(layer)
 
 
 @torch.inference_mode()
-def norms_the_same(norm: Any, other: Callable[[torch.Tensor, Any], torch.Tensor]) -> bool:
-    """Whether `other`, given rows and a norm of float32, agrees with it, on made-up rows."""
+def try_norm(norm: Any, other: Callable[[torch.Tensor, Any], torch.Tensor]) -> None:
+    """Raises: NotFusedError when `other`, given made-up rows and the norm in float32, does not agree."""
     norm = copy.deepcopy(norm).float()
     weight = norm.weight
     generator = torch.Generator(weight.device).manual_seed(0)
     rows = torch.randn(_ROWS, len(weight), generator=generator, device=weight.device)
-    return is_near(norm(rows), other(rows, norm))
+    if not _is_near(norm(rows), other(rows, norm)):
+        raise differs(norm)
 
 
 @torch.inference_mode()
-def is_all_there_is(model: Any, embed: Embed) -> bool:
-    """Whether, with layers, norm and head that pass on what they get, embeddings come out."""
+def try_rest(model: Any, embed: Embed) -> None:
+    """Raises: NotFusedError when, with layers, norm and head that pass on what they get, something else
+    than embeddings comes out.
+    """
     decoder = model.get_decoder()
     parts = [*decoder.layers, decoder.norm, model.get_output_embeddings()]
     given: list[torch.Tensor] = []
@@ -233,7 +239,7 @@ def is_all_there_is(model: Any, embed: Embed) -> bool:
         for part, forward in zip(parts, forwards, strict=True):
             part.forward = forward
     embedded, rotary = embed(tokens, positions)
-    return (
+    is_all_there_is = (
         len(given) == len(parts)
         and len(rotations) == len(decoder.layers)
         and all(x is given[0] for x in given[:-1])
@@ -245,17 +251,36 @@ def is_all_there_is(model: Any, embed: Embed) -> bool:
             for one, other in zip(rotation, rotary, strict=True)
         )
     )
+    if not is_all_there_is:
+        raise NotFusedError(f"{type(model).__name__} computes something around its layers")
 
 
 def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-def is_near(plain: torch.Tensor, other: torch.Tensor) -> bool:
+def _is_near(plain: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two float32 results are the same but for rounding."""
     # What rows are is about 1; float32 keeps 1e-7 of it.
     limit = 1e-3 * plain.abs().max() + 1e-5
     return bool((plain - other).abs().max() <= limit)
+
+
+def linears_of(layer: Any) -> list[list[torch.nn.Linear]]:
+    """Those that are multiplied with the same rows together, in the order of a forward."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+        [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    ]
+
+
+def rotations_of(decoder: Any, x: torch.Tensor, positions: torch.Tensor) -> Rotary:
+    """The model's own of `positions` [T], in the type of `x` [T, D]."""
+    cosine, sine = decoder.rotary_emb(x[None], position_ids=positions[None])
+    return cosine[0].contiguous(), sine[0].contiguous()
 
 
 def head_norms(attention: Any) -> list[Any]:

@@ -8,7 +8,7 @@ A tile of 32 rows writes parts of an eighth of what it reads in bfloat16, and th
 
 No number here is tuned while running: another choice would give other bits.
 
-Used by: `attention`, `paged_trial`, `gpu_layers`, `gpu_sampling`.
+Used by: `attention`, `paged_trial`, `gpu_layers`.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from streaminator.engine.batch import AttentionGroup
+from streaminator.engine.batch import AttentionGroup, next_power
 from streaminator.engine.device import on_device
 
 SPLIT = 256
@@ -38,12 +38,12 @@ def tile_height(num_groups: int, dim: int, dtype: torch.dtype) -> int:
     """
     if dtype == torch.float32 or dim > 256:
         return 16  # no tensor cores, or no room
-    return min(max(power_of_two(6 * num_groups), 16), 64)
+    return min(max(next_power(6 * num_groups), 16), 64)
 
 
 def key_step(dim: int, dtype: torch.dtype) -> int:
     """Keys per step of the loop: two steps of keys and values in 64 KiB of shared memory."""
-    return min(max(2**13 // (power_of_two(dim) * dtype.itemsize // 2), 16), 64)
+    return min(max(2**13 // (next_power(dim) * dtype.itemsize // 2), 16), 64)
 
 
 def attend_paged(
@@ -103,8 +103,8 @@ def attend_paged(
                 num_queries, rows.stride(0), num_blocks, num_splits, window,
                 float(scale), float(softcap or 0),
                 K=num_kv_heads, G=num_groups, S=block_size, H=key_dim, V=value_dim,
-                H_PADDED=max(power_of_two(key_dim), 16),
-                V_PADDED=max(power_of_two(value_dim), 16),
+                H_PADDED=max(next_power(key_dim), 16),
+                V_PADDED=max(next_power(value_dim), 16),
                 TILE=tile, STEP=key_step(max(key_dim, value_dim), keys.dtype), SPLIT=SPLIT,
                 HAS_SOFTCAP=softcap is not None, HAS_OWN=group.has_own_keys,
                 num_warps=4, num_stages=2,
@@ -113,11 +113,6 @@ def attend_paged(
                 kernels.merge[num_sequences * num_queries, num_heads](
                     output, parts, log_sums, rows, positions,
                     num_queries, rows.stride(0), window,
-                    N=num_heads, V=value_dim, V_PADDED=power_of_two(value_dim), SPLIT=SPLIT,
+                    N=num_heads, V=value_dim, V_PADDED=next_power(value_dim), SPLIT=SPLIT,
                     num_warps=1,
                 )  # fmt: skip
-
-
-def power_of_two(number: int) -> int:
-    """The next one."""
-    return 1 << (number - 1).bit_length()

@@ -14,7 +14,7 @@ from streaminator.engine.attention import LayerCall, Stream, attention
 from streaminator.engine.batch import AttentionGroup, Batch
 from streaminator.engine.kv_cache import KVCache
 from streaminator.engine.paged_attention import has_triton
-from streaminator.errors import first_line
+from streaminator.errors import kind_and_line
 
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Of outputs of size 1: one key more or less in a softmax of a few changes more."""
@@ -36,7 +36,7 @@ def why_not_paged(calls: Iterable[LayerCall], block_size: int, device: torch.dev
         try:
             error = _error(call, block_size, device)
         except Exception as problem:  # noqa: BLE001 - compilers raise anything
-            return f"its kernels do not run ({type(problem).__name__}: {first_line(problem)})"
+            return f"its kernels do not run ({kind_and_line(problem)})"
         if not error <= _TOLERANCE[call.dtype]:
             return f"its kernels are off by {error:.2g} on this card for {call}"
     return None

@@ -21,7 +21,7 @@ import torch
 
 from streaminator.engine.batch import Batch
 from streaminator.engine.kv_cache import KVCache
-from streaminator.errors import first_line
+from streaminator.errors import kind_and_line
 
 MOST_GRAPHS = 64
 _MEETINGS = 2
@@ -181,7 +181,7 @@ class StepGraphs:
         except RuntimeError as error:
             # Ending a capture that has failed fails, too.
             cause = error.__context__ or error
-            self.why_not = f"{type(cause).__name__}: {first_line(cause)}"
+            self.why_not = kind_and_line(cause)
             self._forget()
             _log.warning("steps run without CUDA graphs, which is slower: %s", self.why_not)
             return
