@@ -199,6 +199,10 @@ class EngineConfig:
     )
     kv_cache: bool = _option(True, "keep keys and values between steps")
     continuous_batching: bool = _option(True, "refill a slot the moment its completion ends")
+    overlap: bool = _option(
+        True,
+        "on a GPU: learn from a step, and write its completions, while the next one is computed",
+    )
     max_batched_tokens: int = _option(512, "most prompt tokens computed in one step (chunking)")
     in_flight_per_prompt: int | None = _option(
         1,

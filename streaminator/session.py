@@ -99,12 +99,15 @@ class Session:
 
         Raises: ConfigError when the KV cache does not fit; OutputError.
         """
-        config = self._config
+        config, engine = self._config, self._config.engine
+        if config.data.stop_when_settled is not None:
+            # Whether there is a next completion, the answer of the last one says.
+            engine = replace(engine, overlap=False)
         self.engine = Engine(
             self._runner,
             self._tokenizer,
             sampling=config.sampling,
-            engine=config.engine,
+            engine=engine,
             speculator=config.speculator,
             max_prompt_length=max_prompt_length,
             max_in_flight=max_in_flight,

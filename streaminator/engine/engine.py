@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stream: prompts in, completions out, one model forward per step.
 
-Each step: schedule -> draft -> pack -> forward -> sample -> verify -> commit -> retire.
+Each step: schedule -> draft -> pack -> forward -> sample -> verify -> commit -> retire -> learn.
 
     word      file
     schedule  engine/scheduler.py (and block_manager.py)
@@ -14,10 +14,13 @@ Each step: schedule -> draft -> pack -> forward -> sample -> verify -> commit ->
     sample    engine/sampler.py -> kernels.py (CPU), gpu_sampling.py
     verify    speculative/verify.py
     commit    `Engine._commit` here, engine/stopping.py
-    retire    `Engine._retire` here, scheduler.retire, store.observe
+    retire    scheduler.retire; `Engine._finish` here
 
 Invariants
 - Every (prompt, sample_index) added comes out exactly once, finished or failed.
+- On a GPU the next step is launched before a step's tokens are learned and its completions handed
+  out: the host works while the GPU does. Only drafts know of that, which come without the newest
+  tokens' counts.
 - A completion is a function of weights, prompt, sampling parameters, seed, prompt id and sample
   index; everything else changes speed only.
 
@@ -34,9 +37,10 @@ import torch
 from streaminator.config import EngineConfig, SamplingParams, SpeculatorConfig
 from streaminator.engine.block_manager import BlockManager
 from streaminator.engine.model_runner import ModelRunner
-from streaminator.engine.sampler import INVALID_TOKEN, noise_key, sample, to_host
+from streaminator.engine.sampler import INVALID_TOKEN, Transfer, noise_key, sample
 from streaminator.engine.scheduler import Scheduler
 from streaminator.engine.speculation import Speculation
+from streaminator.engine.step import Collected, Ended, Launched
 from streaminator.engine.step_clock import StepClock
 from streaminator.engine.step_costs import measure_step_costs
 from streaminator.engine.stopping import StopChecker
@@ -50,7 +54,7 @@ from streaminator.sequence import (
 )
 from streaminator.speculative.draft_budget import DraftBudget, StepCosts
 from streaminator.speculative.speculator import Store
-from streaminator.speculative.verify import Verdict, calibration, verify
+from streaminator.speculative.verify import Verdict, verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,6 +140,9 @@ class Engine:
         )
         self._cache = cache
         self._failed: list[Completion] = []
+        self._overlaps = engine.overlap and runner.is_asynchronous
+        self._launched: Launched | None = None
+        self._collected: Collected | None = None
         self.last_step: StepStats | None = None
         """Counts and times of the newest step."""
 
@@ -152,7 +159,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._failed or self.scheduler.num_open_prompts)
+        is_open = self._failed or self._launched or self._collected
+        return bool(is_open or self.scheduler.num_open_prompts)
 
     def add(self, prompt: Prompt) -> None:
         """Queue a prompt; one that cannot run comes out as failed completions."""
@@ -179,14 +187,27 @@ class Engine:
     def step(self) -> list[Completion]:
         """Run one forward; returns the completions that ended with it.
 
+        Where steps overlap it is only begun, and those come back that ended with the one before: what
+        they leave to do, here and at the caller's, is done while the GPU computes.
+
         Out of device memory, nothing has happened yet: it can be called again, after
         `scheduler.narrow`.
         """
+        if self._overlaps:
+            self._collect()
+            self._launch()
+        else:
+            self._launch()
+            self._collect()
+        return self._finish()
+
+    def _launch(self) -> None:
+        """Begin a forward: schedule, draft, pack, and what a GPU is given to do."""
         clock = StepClock(self.runner.device)
         sequences = self.scheduler.schedule()
         clock.lap("schedule")
         if not sequences:
-            return self._take_failed()
+            return
         drafting, survival = self._speculation.draft(sequences, self.scheduler.reserve_draft)
         clock.lap("draft")
         self.runner.clear(self._cache, self.scheduler.block_manager.take_handed_out())
@@ -194,21 +215,35 @@ class Engine:
         clock.lap("pack")
         logits = self.runner.forward(batch, self._cache)
         clock.lap("forward")
-        tokens, logprobs, top_ids, top_probs = to_host(
-            sample(
-                logits,
-                batch.noise_keys,
-                batch.noise_positions,
-                self._sampling,
-                self._speculation.num_top,
-                self.runner.sampling_kernels,
-            )
+        drawn = sample(
+            logits,
+            batch.noise_keys,
+            batch.noise_positions,
+            self._sampling,
+            self._speculation.num_top,
+            self.runner.sampling_kernels,
         )
-        clock.lap("sample")
-        verdicts = verify(sequences, tokens, logprobs)
-        clock.lap("verify")
-        by_survival = calibration(drafting, survival, verdicts)
-        running = len(self.scheduler.running)
+        self._launched = Launched(
+            clock=clock,
+            sequences=sequences,
+            drafting=drafting,
+            survival=survival,
+            transfer=Transfer(drawn),
+            num_tokens=batch.num_tokens,
+            num_sampled=len(batch.noise_keys),
+            num_running=len(self.scheduler.running),
+            teaches_costs=self.runner.was_usual,
+        )
+
+    def _collect(self) -> None:
+        """Wait for the tokens of the forward on its way, and go on to them: verify and commit."""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return
+        tokens, logprobs, top_ids, top_probs = launched.transfer.wait()
+        launched.clock.lap("sample")
+        verdicts = verify(launched.sequences, tokens, logprobs)
+        launched.clock.lap("verify")
         gains, ended = [], []
         for verdict in verdicts:
             before = len(verdict.sequence.token_ids)
@@ -217,37 +252,50 @@ class Engine:
             if new:
                 gains.append(self._speculation.gain(verdict, new, has_ended=bool(reason)))
             if reason is not None:
-                ended.append((verdict.sequence, reason, error))
-        self._speculation.learn(gains, top_ids, top_probs)
-        finished = [*self._take_failed(), *(self._retire(*end) for end in ended)]
-        clock.lap("commit")
-        num_new = sum(len(gain.token_ids) for gain in gains)
-        decoded = [verdict.sequence for verdict in verdicts if verdict.drawn]
-        num_accepted = sum(sequence.accepted[-1] for sequence in decoded)
-        num_drafts = sum(sequence.drafted[-1] for sequence in decoded)
-        self._speculation.observe_step(
-            batch.num_tokens, batch.num_tokens - len(tokens), num_drafts, num_new, num_accepted,
-            clock.total, clock.seconds["seconds_draft"], teaches_costs=self.runner.was_usual,
-        )  # fmt: skip
-        self.last_step = StepStats(
-            time=time.time(),
-            num_running=running,
+                sequence, has_failed = verdict.sequence, reason is FinishReason.FAILED
+                ends_prompt = self.scheduler.retire(sequence, has_failed=has_failed)
+                ended.append(Ended(sequence, reason, error, ends_prompt))
+        self._speculation.advance(gains, top_ids, top_probs)
+        self._collected = Collected(launched, verdicts, gains, ended)
+        launched.clock.lap("commit")
+        if self._overlaps:
+            self._observe(self._collected)
+
+    def _finish(self) -> list[Completion]:
+        """What the newest tokens leave to do: learn from them, and write down what has ended."""
+        finished, self._failed = self._failed, []
+        collected, self._collected = self._collected, None
+        if collected is None:
+            return finished
+        self._speculation.learn()
+        for end in collected.ended:
+            finished.append(self._completion(end.sequence, end.reason, end.error))
+            self._speculation.finish(end.sequence, has_failed=end.reason is FinishReason.FAILED)
+            if end.ends_prompt:
+                self.store.drop(end.sequence.prompt)
+        if not self._overlaps:
+            collected.launched.clock.lap("commit")
+            self._observe(collected)
+        self.last_step = collected.stats(
             stream_width=self.scheduler.stream_width,
-            num_prefill_tokens=batch.num_tokens - len(tokens),
-            num_decode_tokens=len(decoded),
-            num_draft_tokens=num_drafts,
-            num_accepted_tokens=num_accepted,
-            num_new_tokens=num_new,
-            num_draft_by_survival=by_survival[0],
-            num_accepted_by_survival=by_survival[1],
             num_blocks_used=self.scheduler.block_manager.num_used,
             device_memory=self.runner.memory_in_use(),
-            **clock.seconds,
         )
         return finished
 
+    def _observe(self, collected: Collected) -> None:
+        """Tell the draft budget, before it is asked again, what a step cost and brought."""
+        launched, clock = collected.launched, collected.launched.clock
+        self._speculation.observe_step(
+            launched.num_tokens, launched.num_tokens - launched.num_sampled, collected.num_drafts,
+            collected.num_new, collected.num_accepted, clock.total, clock.seconds["seconds_draft"],
+            teaches_costs=launched.teaches_costs,
+        )  # fmt: skip
+
     def take_released(self) -> list[Prompt]:
-        """Prompts given up after `scheduler.release`."""
+        """Prompts given up after `scheduler.release`, all of whose completions have come out."""
+        if self._collected:
+            return []
         released = self.scheduler.take_released()
         for prompt in released:
             self.store.drop(prompt)
@@ -273,10 +321,6 @@ class Engine:
         """Between prompts: the weights have changed, so that no key or value may be used again."""
         assert not self.has_work
         self.scheduler.block_manager.forget()
-
-    def _take_failed(self) -> list[Completion]:
-        failed, self._failed = self._failed, []
-        return failed
 
     def _start(self, prompt: Prompt, sample_index: int) -> Sequence:
         limit = len(prompt.token_ids) + self._sampling.max_length
@@ -321,14 +365,6 @@ class Engine:
         # cache, the newest token's are not computed yet.
         self.scheduler.commit(sequence, cached + verdict.num_accepted)
         return None, None
-
-    def _retire(self, sequence: Sequence, reason: FinishReason, error: str | None) -> Completion:
-        completion = self._completion(sequence, reason, error)
-        has_failed = reason is FinishReason.FAILED
-        self._speculation.finish(sequence, has_failed=has_failed)
-        if self.scheduler.retire(sequence, has_failed=has_failed):
-            self.store.drop(sequence.prompt)
-        return completion
 
     def _completion(
         self, sequence: Sequence, reason: FinishReason, error: str | None

@@ -94,6 +94,11 @@ class ModelRunner:
         return torch.cuda.get_device_name(self.device) if is_cuda else "cpu"
 
     @property
+    def is_asynchronous(self) -> bool:
+        """Whether `forward` comes back before it is computed."""
+        return self.device.type == "cuda"
+
+    @property
     def num_parameters(self) -> int:
         """Weights of the model, tied ones once."""
         return self.model.num_parameters()

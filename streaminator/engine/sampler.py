@@ -78,30 +78,55 @@ class SamplingKernels(Protocol):
         ...
 
 
-def to_host(drawn: Drawn) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
-    """Tokens, log-probabilities, most likely tokens and their probabilities, all settled."""
-    tokens, logprobs, top_ids, top_probs = _to_host(drawn)
-    if drawn.settle is None:
+class Transfer:
+    """What was drawn, on its way to the host."""
+
+    def __init__(self, drawn: Drawn) -> None:
+        """Begin it; a GPU goes on with what it was given before."""
+        self._drawn = drawn
+        self._both = None
+        if drawn.tokens.device.type == "cuda":
+            # One transfer; token ids are exact in float64.
+            columns = [
+                drawn.tokens[:, None],
+                drawn.logprobs[:, None],
+                drawn.top_ids,
+                drawn.top_probs,
+            ]
+            both = torch.cat([column.double() for column in columns], dim=1)
+            self._both = both.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(drawn.tokens.device))
+
+    def wait(self) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
+        """Tokens, log-probabilities, most likely tokens and their probabilities, all settled."""
+        drawn = self._drawn
+        tokens, logprobs, top_ids, top_probs = self._read()
+        if drawn.settle is None:
+            return tokens, logprobs, top_ids, top_probs
+        rows = [row for row, token in enumerate(tokens) if token == _UNSETTLED]
+        if rows:
+            settled = drawn.settle(torch.tensor(rows, device=drawn.tokens.device))
+            for row, token, logprob in zip(rows, *(x.tolist() for x in settled), strict=True):
+                tokens[row], logprobs[row] = token, logprob
         return tokens, logprobs, top_ids, top_probs
-    rows = [row for row, token in enumerate(tokens) if token == _UNSETTLED]
-    if rows:
-        settled = drawn.settle(torch.tensor(rows, device=drawn.tokens.device))
-        for row, token, logprob in zip(rows, *(x.tolist() for x in settled), strict=True):
-            tokens[row], logprobs[row] = token, logprob
-    return tokens, logprobs, top_ids, top_probs
+
+    def _read(self) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
+        drawn = self._drawn
+        if self._both is None:
+            tops = drawn.top_ids.numpy(), drawn.top_probs.numpy()
+            return drawn.tokens.tolist(), drawn.logprobs.tolist(), *tops
+        self._arrived.synchronize()
+        both = self._both.numpy()
+        num_top = drawn.top_ids.shape[1]
+        top_ids, top_probs = both[:, 2 : 2 + num_top], both[:, 2 + num_top :]
+        tokens = both[:, 0].astype(np.int64).tolist()
+        return tokens, both[:, 1].tolist(), top_ids.astype(np.int64), top_probs.astype(np.float32)
 
 
-def _to_host(drawn: Drawn) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
-    if drawn.tokens.device.type == "cpu":
-        tops = drawn.top_ids.numpy(), drawn.top_probs.numpy()
-        return drawn.tokens.tolist(), drawn.logprobs.tolist(), *tops
-    # One transfer; token ids are exact in float64.
-    columns = [drawn.tokens[:, None], drawn.logprobs[:, None], drawn.top_ids, drawn.top_probs]
-    both = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
-    num_top = drawn.top_ids.shape[1]
-    top_ids, top_probs = both[:, 2 : 2 + num_top], both[:, 2 + num_top :]
-    tokens = both[:, 0].astype(np.int64).tolist()
-    return tokens, both[:, 1].tolist(), top_ids.astype(np.int64), top_probs.astype(np.float32)
+def to_host(drawn: Drawn) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
+    """What `Transfer.wait` returns."""
+    return Transfer(drawn).wait()
 
 
 def noise_key(seed: int, prompt_id: str, sample_index: int) -> int:

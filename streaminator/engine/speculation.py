@@ -114,10 +114,10 @@ class Speculation:
             rows.extend(range(rows[-1] + 1, rows[-1] + 1 + len(rejected)))
         return Gain(sequence, new, rejected, rows)
 
-    def learn(
+    def advance(
         self, gains: Seq[Gain], top_ids: NDArray[np.int64], top_probs: NDArray[np.float32]
     ) -> None:
-        """Learn what a step's sequences gained; see `Store.commit_all`."""
+        """Go on to what a step's sequences gained; see `Store.advance_all`."""
         if self._config.store_distributions:
             for gain in gains:
                 ids, probs = top_ids[gain.rows].astype(np.int32), top_probs[gain.rows]
@@ -129,7 +129,12 @@ class Speculation:
                 gain._replace(rejected=[], rows=gain.rows[: len(gain.token_ids)]) for gain in gains
             ]
         may_wait = self.budget is not None and self.budget.goes_on_resting
-        self.store.commit_all(gains, top_ids, top_probs, may_wait=may_wait)
+        self.store.advance_all(gains, top_ids, top_probs, may_wait=may_wait)
+
+    def learn(self) -> None:
+        """Learn what they gained; see `Store.learn_all`."""
+        if self._is_on:
+            self.store.learn_all()
 
     def observe_step(
         self,

@@ -24,7 +24,7 @@ class StepClock:
         """By the names that `sequence.StepStats` has for them."""
 
     def lap(self, phase: str) -> None:
-        """A phase ends."""
+        """A phase, or a part of one, ends."""
         if self._device.type == "cuda" and phase in ("pack", "forward"):
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))
@@ -33,7 +33,8 @@ class StepClock:
             # A step that samples nothing has not waited yet.
             self._events[-1].synchronize()
         now = time.perf_counter()
-        self.seconds[f"seconds_{phase}"] = now - self._last
+        name = f"seconds_{phase}"
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
         if self._events and phase == "sample":
             begun, ended = self._events

@@ -74,6 +74,20 @@ class Drafts(NamedTuple):
         return (self.survival[:, 0] > 0).sum(1)
 
 
+class Drawn(NamedTuple):
+    """Tokens that n sequences have gone on with, and what they are counted by; see `Memory.advance`."""
+
+    handles: Ints
+    tokens: Ints
+    lengths: Ints
+    rejected: Ints
+    num_rejected: Ints
+    top_ids: Ints
+    top_probs: NDArray[np.float32]
+    before: Ints
+    """[n, TAIL + 1] the tokens before them, and how many of these are known."""
+
+
 class Memory:
     """The memories of all prompts of a worker.
 
@@ -245,7 +259,21 @@ class Memory:
         rejected: Ints = NOTHING,
         num_rejected: Ints | None = None,
     ) -> None:
-        """Append the tokens drawn in a step and learn from them.
+        """Append the tokens drawn in a step and learn from them: `advance` and `count` in one."""
+        args = handles, tokens, lengths, top_ids, top_probs, rejected, num_rejected
+        self.count(self.advance(*args))
+
+    def advance(
+        self,
+        handles: Ints,
+        tokens: Ints,
+        lengths: Ints,
+        top_ids: Ints | None = None,
+        top_probs: NDArray[np.float32] | None = None,
+        rejected: Ints = NOTHING,
+        num_rejected: Ints | None = None,
+    ) -> Drawn:
+        """Append the tokens drawn in a step, and judge the drafts by them.
 
         Args:
             handles: [n] each at most once.
@@ -256,20 +284,21 @@ class Memory:
             top_probs: [m + r, M] their probabilities as sampled from.
             rejected: [r] drafts behind the accepted ones, whose distributions are known.
             num_rejected: [n] how many belong to each; default: none.
+
+        Returns:
+            What `count` takes, before any of the `handles` is finished.
         """
         if top_ids is None or top_probs is None:
             top_ids, top_probs = no_distributions(len(tokens) + len(rejected))
         if num_rejected is None:
             num_rejected = np.zeros_like(lengths)
-        num_all = lengths + num_rejected
-        if self._learns_completions:
-            self._make_room(handles, num_all, _ROWS_PER_CONTEXT[top_ids.shape[1] > 0])
-        learning.learn(
-            self._arena.rows, self._tables, self._running, self._tails, handles, tokens, lengths,
-            rejected, num_rejected, top_ids, top_probs, self._mixing, self._num_learned, self._hits, self._second_hits, self._noise_hits, self._predictions,
-            self._correction, self._learns_completions, self._shared and self._learns_completions, True,
-            self._ahead_of(num_all), self._scratch,
-        )  # fmt: skip
+        drawn = (tokens, lengths, rejected, num_rejected, top_ids, top_probs)
+        return self._advance(handles, *drawn, learns_rates=True)
+
+    def count(self, drawn: Drawn) -> None:
+        """Learn from tokens that were appended."""
+        own = self._learns_completions
+        self._count(drawn, own=own, shared=own and self._shared, learns_rates=True)
 
     def _observe(
         self,
@@ -285,14 +314,41 @@ class Memory:
         pieces = chunks(token_ids, chunk) if top is None else steps(token_ids, top)
         for tokens, rejected, top_ids, top_probs in pieces:
             lengths, num_rejected = np.array([len(tokens)]), np.array([len(rejected)])
-            num_all = lengths + num_rejected
+            texts = (tokens, lengths, rejected, num_rejected, top_ids, top_probs)
+            drawn = self._advance(handles, *texts, learns_rates=False)
+            self._count(drawn, own=True, shared=shared, learns_rates=False)
+
+    def _advance(
+        self,
+        handles: Ints,
+        tokens: Ints,
+        lengths: Ints,
+        rejected: Ints,
+        num_rejected: Ints,
+        top_ids: Ints,
+        top_probs: NDArray[np.float32],
+        *,
+        learns_rates: bool,
+    ) -> Drawn:
+        before = np.empty((len(handles), TAIL + 1), np.int64)
+        learning.advance(
+            self._running, self._tails, handles, tokens, lengths, num_rejected, top_ids, top_probs,
+            self._hits, self._second_hits, self._noise_hits, self._predictions, self._correction,
+            learns_rates, before, self._scratch,
+        )  # fmt: skip
+        return Drawn(handles, tokens, lengths, rejected, num_rejected, top_ids, top_probs, before)
+
+    def _count(self, drawn: Drawn, *, own: bool, shared: bool, learns_rates: bool) -> None:
+        handles, tokens, lengths, rejected, num_rejected, top_ids, top_probs, before = drawn
+        num_all = lengths + num_rejected
+        if own:
             self._make_room(handles, num_all, _ROWS_PER_CONTEXT[top_ids.shape[1] > 0])
-            learning.learn(
-                self._arena.rows, self._tables, self._running, self._tails, handles, tokens,
-                lengths, rejected, num_rejected, top_ids, top_probs, self._mixing, self._num_learned, self._hits, self._second_hits,
-                self._noise_hits, self._predictions, self._correction, True, shared, False,
-                self._ahead_of(num_all), self._scratch,
-            )  # fmt: skip
+        learning.count(
+            self._arena.rows, self._tables, self._running, handles, before, tokens, lengths,
+            rejected, num_rejected, top_ids, top_probs, self._mixing, self._num_learned,
+            self._correction.numbers, own, shared, learns_rates, self._ahead_of(num_all),
+            self._scratch,
+        )  # fmt: skip
 
     def _chains_for(self, num: int, width: int) -> kernels.Chains:
         """Arrays for `num` chains of `width` tokens; they stay for the next ones."""

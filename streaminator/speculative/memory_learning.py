@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # In compiled code the integers of Python and numpy are one.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
-"""Compiled loop of the memory: count what was drawn and what verifying has told, learn rates and the
-correction.
+"""Compiled loops of the memory. `advance`, before the next draft: move on to what was drawn, learn rates
+and the correction. `count`, any time after: what was drawn and what verifying has told.
 
 Used by: `memory`.
 """
@@ -64,56 +64,36 @@ def new_ahead(num: int) -> Ahead:
 
 
 @jit
-def learn(
-    rows: Rows,
-    tables: Ints,
+def advance(
     running: Ints,
     tails: Ints,
     handles: Ints,
     new: Ints,
     lengths: Ints,
-    rejected: Ints,
     num_rejected: Ints,
     top_ids: Ints,
     top_probs: NDArray[np.float32],
-    mixing: Floats,
-    num_learned: Ints,
     hits: Floats,
     second_hits: Floats,
     noise_hits: Floats,
     predictions: Ints,
     correction: Correction,
-    own_tier: bool,
-    use_shared: bool,
     learns_rates: bool,
-    ahead: Ahead,
+    before: Ints,
     scratch: Scratch,
 ) -> None:
-    """Append `new` (all handles' tokens, `lengths` of each) and count them.
+    """Append `new` (all handles' tokens, `lengths` of each), and judge the drafts by it.
 
-    `top_ids`, `top_probs` [m + r, M] hold each new token's distribution, and what would have
-    followed each of the `rejected` drafts (`num_rejected` of each handle), handle by handle;
-    M = 0: tokens only. `ahead` has room for a handle's new and rejected tokens.
+    Args:
+        top_ids, top_probs: as for `count`.
+        learns_rates: whether there were drafts to judge.
+        before: [n, TAIL + 1] set to the tails as they were, and how many tokens of each are known.
     """
-    record = scratch.record
-    is_told = top_ids.shape[1] > 0
-    # A distribution says something new each time: twice as many contexts are told.
-    excluded_after = 2 if is_told else 1
-    use_shared &= tables[0, NUM_BUCKETS] > 0
-    num_tiers = 2 if use_shared else 1
-    first = first_rejected = 0
+    first = first_row = 0
     for n in range(len(handles)):
         handle, num = handles[n], lengths[n]
-        first_row = first + first_rejected
-        state = running[handle]
-        own, shared = tables[state[TABLE]], tables[0]
-        learns_own = own_tier and own[NUM_BUCKETS] > 0
+        state, tail = running[handle], tails[handle]
         drawn = new[first : first + num]
-        drafted = rejected[first_rejected : first_rejected + (num_rejected[n] if learns_own else 0)]
-        _look_ahead(
-            rows, own, shared, use_shared, tails[handle], state[KNOWN], drawn, drafted,
-            correction.numbers, ahead,
-        )  # fmt: skip
         if learns_rates:
             ids, probs = top_ids[first_row:], top_probs[first_row:]
             learn_corrections(
@@ -128,6 +108,61 @@ def learn(
             )
             extend(correction.histories[handle], state, drawn, correction.numbers)
             learn_hits(state, predictions[handle], drawn, hits, second_hits, noise_hits)
+        for index in range(TAIL):
+            before[n, index] = tail[index]
+        before[n, TAIL] = state[KNOWN]
+        for index in range(TAIL):
+            from_old = index + num < TAIL
+            tail[index] = before[n, index + num] if from_old else drawn[index + num - TAIL]
+        state[KNOWN] = min(state[KNOWN] + num, TAIL)
+        state[POSITION] += num
+        first += num
+        first_row += num + num_rejected[n]
+
+
+@jit
+def count(
+    rows: Rows,
+    tables: Ints,
+    running: Ints,
+    handles: Ints,
+    before: Ints,
+    new: Ints,
+    lengths: Ints,
+    rejected: Ints,
+    num_rejected: Ints,
+    top_ids: Ints,
+    top_probs: NDArray[np.float32],
+    mixing: Floats,
+    num_learned: Ints,
+    numbers: NDArray[np.bool_],
+    own_tier: bool,
+    use_shared: bool,
+    learns_rates: bool,
+    ahead: Ahead,
+    scratch: Scratch,
+) -> None:
+    """Count `new` (all handles' tokens, `lengths` of each) in the contexts that `before` tells.
+
+    `top_ids`, `top_probs` [m + r, M] hold each new token's distribution, and what would have
+    followed each of the `rejected` drafts (`num_rejected` of each handle), handle by handle;
+    M = 0: tokens only. `ahead` has room for a handle's new and rejected tokens.
+    """
+    record = scratch.record
+    is_told = top_ids.shape[1] > 0
+    # A distribution says something new each time: twice as many contexts are told.
+    excluded_after = 2 if is_told else 1
+    use_shared &= tables[0, NUM_BUCKETS] > 0
+    num_tiers = 2 if use_shared else 1
+    first = first_rejected = 0
+    for n in range(len(handles)):
+        num = lengths[n]
+        first_row = first + first_rejected
+        own, shared = tables[running[handles[n], TABLE]], tables[0]
+        learns_own = own_tier and own[NUM_BUCKETS] > 0
+        drawn = new[first : first + num]
+        drafted = rejected[first_rejected : first_rejected + (num_rejected[n] if learns_own else 0)]
+        _look_ahead(rows, own, shared, use_shared, before[n], drawn, drafted, numbers, ahead)
         num_all = num + len(drafted)
         for index in range(num_all):
             find_rows(
@@ -164,8 +199,6 @@ def learn(
             count_token(
                 rows, own, ahead.keys[index], ahead.found[index, 0], 0, 2, token, True, cell, record
             )
-        state[KNOWN] = min(state[KNOWN] + num, TAIL)
-        state[POSITION] += num
         first += num
         first_rejected += num_rejected[n]
 
@@ -176,28 +209,25 @@ def _look_ahead(
     own: Ints,
     shared: Ints,
     use_shared: bool,
-    tail: Ints,
-    known: int,
+    before: Ints,
     drawn: Ints,
     drafted: Ints,
     numbers: NDArray[np.bool_],
     ahead: Ahead,
 ) -> None:
-    """Hash the contexts before each token, have their buckets fetched, and move the `tail` on.
+    """Hash the contexts before each token, and have their buckets fetched.
 
     The first of the `drafted` tokens stands where the last of those `drawn` was drawn instead; its
     contexts, and theirs that follow, are those that end with it.
     """
     text, keys, num = ahead.text, ahead.keys, len(drawn)
     for index in range(TAIL):
-        text[index] = tail[index]
+        text[index] = before[index]
     for index in range(num):
         text[TAIL + index] = drawn[index]
-    for index in range(TAIL):
-        tail[index] = text[num + index]
     for index in range(num + len(drafted)):
         end = TAIL + index
         if index >= num:
             text[end - 1] = drafted[index - num]
-        hash_contexts(text, end, min(known + index, TAIL), numbers, keys[index])
+        hash_contexts(text, end, min(before[TAIL] + index, TAIL), numbers, keys[index])
         fetch_buckets(rows, own, shared, keys[index], 0, use_shared and index < num)

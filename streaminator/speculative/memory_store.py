@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from streaminator.config import SpeculatorConfig
 from streaminator.sequence import Prompt, Sequence
-from streaminator.speculative.memory import Memory
+from streaminator.speculative.memory import Drawn, Memory
 from streaminator.speculative.speculator import Gain, Guesses
 
 
@@ -89,6 +89,7 @@ class MemoryStore:
         self._num_kept_prompts = num_kept_prompts
         self._handles: dict[Sequence, int] = {}
         self._waiting: list[_Step] = []
+        self._uncounted: list[Drawn] = []
 
     @property
     def num_bytes(self) -> int:
@@ -114,7 +115,7 @@ class MemoryStore:
         chains = [chain[:num] for (chain, _), num in rows]
         return Guesses(chains, [beside for _, beside in tokens], drafts.survival)
 
-    def commit_all(
+    def advance_all(
         self,
         gains: Seq[Gain],
         top_ids: NDArray[np.int64],
@@ -122,21 +123,21 @@ class MemoryStore:
         *,
         may_wait: bool = False,
     ) -> None:
-        """Learn a step's tokens, and how good its drafts were."""
+        """Go on to a step's tokens, and judge its drafts."""
         if gains:
             rows = np.array([row for gain in gains for row in gain.rows])
             top_ids = top_ids[:, : self.num_top].take(rows, 0)
             top_probs = top_probs[:, : self.num_top].take(rows, 0)
             self._waiting.append(_Step(gains, top_ids, top_probs))
         if not may_wait:
-            self._learn_waiting()
+            self._advance_waiting()
 
-    def _learn_waiting(self) -> None:
+    def _advance_waiting(self) -> None:
         steps, self._waiting = self._waiting, []
         if not steps:
             return
         gains, top_ids, top_probs = steps[0] if len(steps) == 1 else _joined(steps)
-        self._memory.commit(
+        drawn = self._memory.advance(
             self._arrange([gain.sequence for gain in gains]),
             np.array([token for gain in gains for token in gain.token_ids], np.int64),
             np.array([len(gain.token_ids) for gain in gains], np.int64),
@@ -145,10 +146,18 @@ class MemoryStore:
             np.array([token for gain in gains for token in gain.rejected], np.int64),
             np.array([len(gain.rejected) for gain in gains], np.int64),
         )
+        self._uncounted.append(drawn)
+
+    def learn_all(self) -> None:
+        """Count the tokens of the steps before."""
+        uncounted, self._uncounted = self._uncounted, []
+        for drawn in uncounted:
+            self._memory.count(drawn)
 
     def finish(self, sequence: Sequence, *, has_failed: bool) -> None:
         """The completion has ended: what it says is there for the prompt's next one."""
-        self._learn_waiting()
+        self._advance_waiting()
+        self.learn_all()
         self._memory.finish(self._handles.pop(sequence))
 
     def drop(self, prompt: Prompt) -> None:

@@ -86,7 +86,7 @@ class Store(Protocol):
         """
         ...
 
-    def commit_all(
+    def advance_all(
         self,
         gains: Sequence[Gain],
         top_ids: NDArray[np.int64],
@@ -94,13 +94,19 @@ class Store(Protocol):
         *,
         may_wait: bool = False,
     ) -> None:
-        """Learn what a step drew; called before the sequences that end with it finish.
+        """Take in what a step drew, so that drafts go on from there.
 
         Args:
             gains: of the sequences that were drawn for.
             top_ids: [R, M or more] the model's most likely tokens on each sampled row.
             top_probs: [R, M or more] their probabilities.
-            may_wait: this step drafted nothing, nor will the next one: it may be learned later.
+            may_wait: this step drafted nothing, nor will the next one: it may be done later.
+        """
+        ...
+
+    def learn_all(self) -> None:
+        """Learn what the steps before drew; called before the sequences that ended with them finish.
+        It may come after the next drafts.
         """
         ...
 

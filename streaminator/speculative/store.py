@@ -45,10 +45,13 @@ class SpeculatorStore:
         ]
         return Guesses(drafts)
 
-    def commit_all(
+    def advance_all(
         self, gains: Seq[Gain], top_ids: object, top_probs: object, *, may_wait: bool = False
     ) -> None:
-        """Nothing: an n-gram model learns finished completions."""
+        """Nothing: an n-gram model goes by its text."""
+
+    def learn_all(self) -> None:
+        """Nothing: it learns finished completions."""
 
     def finish(self, sequence: Sequence, *, has_failed: bool) -> None:
         """Learn a finished completion."""

@@ -24,6 +24,10 @@ class Verdict(NamedTuple):
     """Which of the sampled rows each was drawn on."""
     num_accepted: int
     """Of the chain."""
+    draft: list[int]
+    """What was verified: the chain."""
+    alternatives: dict[int, int]
+    """And second choices: {place in the chain: token}."""
 
     @property
     def takes_second(self) -> bool:
@@ -64,16 +68,16 @@ def verify(
     row = 0
     for sequence in sequences:
         if not sequence.is_sampled:
-            verdicts.append(Verdict(sequence, [], [], [], 0))
+            verdicts.append(Verdict(sequence, [], [], [], 0, [], {}))
             continue
-        num_rows = 1 + len(sequence.draft)
-        num = count_accepted(tokens[row : row + num_rows], sequence.draft)
+        draft, beside = sequence.draft, sequence.alternatives
+        num = count_accepted(tokens[row : row + 1 + len(draft)], draft)
         end = row + num + 1
-        rows = list(range(row, end))
-        verdicts.append(Verdict(sequence, tokens[row:end], logprobs[row:end], rows, num))
-        row += num_rows
+        drawn, rows = tokens[row:end], list(range(row, end))
+        verdicts.append(Verdict(sequence, drawn, logprobs[row:end], rows, num, draft, beside))
+        row += 1 + len(draft)
     for verdict in verdicts:
-        for place, token in verdict.sequence.alternatives.items():
+        for place, token in verdict.alternatives.items():
             if place == verdict.num_accepted and verdict.drawn[place] == token:
                 verdict.drawn.append(tokens[row])
                 verdict.logprobs.append(logprobs[row])
@@ -96,18 +100,19 @@ def calibration(
     """
     if survival is None:
         return [], []
-    verified, accepted = [0] * 10, [0] * 10
-    verdict_of = {id(v.sequence): v for v in verdicts if v.sequence.draft}
-    for sequence, (chain, beside) in zip(drafting, survival.tolist(), strict=True):
-        verdict = verdict_of.get(id(sequence))
+    verdict_of = {v.sequence: v for v in verdicts if v.draft}
+    own = [verdict_of.get(sequence) for sequence in drafting]
+    bounds = [(len(v.draft), v.num_accepted) if v else (0, 0) for v in own]
+    lengths, right = np.array(bounds, np.int64).reshape(-1, 2, 1).swapaxes(0, 1)
+    tenths = np.minimum(survival * 10, 9).astype(np.int64)
+    places = np.arange(survival.shape[2])
+    verified = np.bincount(tenths[:, 0][places < lengths], minlength=10).tolist()
+    accepted = np.bincount(tenths[:, 0][places < right], minlength=10).tolist()
+    for index, verdict in enumerate(own):
         if verdict is None:
             continue
-        for place, chance in enumerate(chain[: len(sequence.draft)]):
-            tenth = min(int(chance * 10), 9)
-            verified[tenth] += 1
-            accepted[tenth] += place < verdict.num_accepted
-        for place in sequence.alternatives:
-            tenth = min(int(beside[place] * 10), 9)
+        for place in verdict.alternatives:
+            tenth = tenths[index, 1, place]
             verified[tenth] += 1
             accepted[tenth] += verdict.takes_second and place == verdict.num_accepted
     return verified, accepted

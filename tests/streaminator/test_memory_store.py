@@ -36,7 +36,8 @@ def learn(store: MemoryStore, sequences: list[Sequence], step: int, *, may_wait:
         Gain(sequence, [token], [], [n])
         for n, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
     ]
-    store.commit_all(gains, ids, probs, may_wait=may_wait)
+    store.advance_all(gains, ids, probs, may_wait=may_wait)
+    store.learn_all()
 
 
 @pytest.mark.parametrize("num_together", [2, 5, 16])

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step carries from its launch to its statistics.
+
+Used by: `engine.Engine`.
+"""
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streaminator.engine.sampler import Transfer
+from streaminator.engine.step_clock import StepClock
+from streaminator.sequence import FinishReason, Sequence, StepStats
+from streaminator.speculative.speculator import Gain
+from streaminator.speculative.verify import Verdict, calibration
+
+
+class Launched(NamedTuple):
+    """A step whose forward is on its way."""
+
+    clock: StepClock
+    sequences: list[Sequence]
+    drafting: list[Sequence]
+    survival: NDArray[np.float32] | None
+    """[n, 2, k] of those that are `drafting`; see `speculator.Guesses`."""
+    transfer: Transfer
+    num_tokens: int
+    """Packed."""
+    num_sampled: int
+    """Of them, rows that a token is drawn on."""
+    num_running: int
+    teaches_costs: bool
+
+
+class Ended(NamedTuple):
+    """A sequence that a step has ended."""
+
+    sequence: Sequence
+    reason: FinishReason
+    error: str | None
+    ends_prompt: bool
+    """Whether it was its prompt's last one."""
+
+
+class Collected(NamedTuple):
+    """A step whose tokens are known and added to their sequences."""
+
+    launched: Launched
+    verdicts: list[Verdict]
+    gains: list[Gain]
+    ended: list[Ended]
+
+    @property
+    def num_new(self) -> int:
+        """Tokens added to completions."""
+        return sum(len(gain.token_ids) for gain in self.gains)
+
+    @property
+    def decoded(self) -> list[Sequence]:
+        """Sequences for which tokens were drawn."""
+        return [verdict.sequence for verdict in self.verdicts if verdict.drawn]
+
+    @property
+    def num_drafts(self) -> int:
+        """Tokens verified."""
+        return sum(sequence.drafted[-1] for sequence in self.decoded)
+
+    @property
+    def num_accepted(self) -> int:
+        """Of them, accepted."""
+        return sum(sequence.accepted[-1] for sequence in self.decoded)
+
+    def stats(self, *, stream_width: int, num_blocks_used: int, device_memory: int) -> StepStats:
+        """As they are written out."""
+        launched = self.launched
+        verified, accepted = calibration(launched.drafting, launched.survival, self.verdicts)
+        return StepStats(
+            time=time.time(),
+            num_running=launched.num_running,
+            stream_width=stream_width,
+            num_prefill_tokens=launched.num_tokens - launched.num_sampled,
+            num_decode_tokens=len(self.decoded),
+            num_draft_tokens=self.num_drafts,
+            num_accepted_tokens=self.num_accepted,
+            num_new_tokens=self.num_new,
+            num_draft_by_survival=verified,
+            num_accepted_by_survival=accepted,
+            num_blocks_used=num_blocks_used,
+            device_memory=device_memory,
+            **launched.clock.seconds,
+        )
