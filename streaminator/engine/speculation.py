@@ -4,9 +4,8 @@
 Used by: `engine.Engine`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,21 +86,21 @@ class Speculation:
         most = self._config.max_draft
         caps = [min(most, s.max_num_tokens - len(s.token_ids) - 1) for s in drafting]
         floor = self.budget.floor if self.budget else 0.0
-        chains, seconds, survival = self.store.draft_all(drafting, caps, floor)
-        alternatives: list[dict[int, int]] = [{} for _ in drafting]
-        if self.budget and seconds is not None and survival is not None:
+        tokens, lengths, survival = self.store.draft_all(drafting, caps, floor)
+        seconds: Iterable[tuple[int, ...]] = ()
+        if self.budget and survival is not None:
             num_tokens = sum(s.num_scheduled_tokens for s in sequences)
-            pays = self.budget.cut(survival, num_tokens, len(drafting)).tolist()
-            chains = [c[: sum(along)] for c, (along, _) in zip(chains, pays, strict=True)]
-            alternatives = [
-                dict(compress(enumerate(tokens), pay))
-                for tokens, (_, pay) in zip(seconds, pays, strict=True)
-            ]
-        for sequence, chain, beside in zip(drafting, chains, alternatives, strict=True):
-            if chain:
-                num = reserve(sequence, len(chain))
-                sequence.draft = chain[:num]
-                sequence.alternatives = {p: token for p, token in beside.items() if p < num}
+            pays = self.budget.cut(survival, num_tokens, len(drafting))
+            lengths = pays[:, 0].sum(1)
+            places = np.nonzero(pays[:, 1])
+            seconds = zip(*(x.tolist() for x in (*places, tokens[:, 1][places])), strict=True)
+        chains = tokens[:, 0, : lengths.max(initial=0)].tolist()
+        for sequence, chain, num in zip(drafting, chains, lengths.tolist(), strict=True):
+            if num:
+                sequence.draft = chain[: reserve(sequence, num)]
+        for index, place, token in seconds:
+            if place < len(drafting[index].draft):
+                drafting[index].alternatives[place] = token
         return drafting, survival
 
     def gain(self, verdict: Verdict, new: list[int], *, has_ended: bool) -> Gain:

@@ -110,10 +110,7 @@ class MemoryStore:
         """Draft up to `caps[i]` tokens for `sequences[i]`, while they are likely above `floor`."""
         self._memory.min_survival = floor
         drafts = self._memory.draft(self._arrange(sequences), np.array(caps, np.int64))
-        tokens = drafts.tokens.tolist()
-        rows = zip(tokens, drafts.lengths.tolist(), strict=True)
-        chains = [chain[:num] for (chain, _), num in rows]
-        return Guesses(chains, [beside for _, beside in tokens], drafts.survival)
+        return Guesses(drafts.tokens, drafts.lengths, drafts.survival)
 
     def advance_all(
         self,

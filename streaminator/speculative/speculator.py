@@ -44,13 +44,13 @@ MAX_REJECTED = 3
 class Guesses(NamedTuple):
     """What n sequences may go on with."""
 
-    chains: list[list[int]]
-    """[n] tokens one after another."""
-    seconds: list[list[int]] | None = None
-    """[n, k] at each place of a chain the second choice; None: there are none."""
+    tokens: NDArray[np.int64]
+    """[n, 2, k] tokens one after another (a chain), and at each of its places the second choice."""
+    lengths: NDArray[np.int64]
+    """[n] of the chains."""
     survival: NDArray[np.float32] | None = None
     """[n, 2, k] chance that a token of the chain, and all before it, is accepted, and that the
-    second choice beside it is; 0 where there is none. None: not known."""
+    second choice beside it is; 0 where there is none. None: not known, and no second choices."""
 
 
 class Gain(NamedTuple):

@@ -12,6 +12,8 @@ Used by: `engine.Engine`.
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 
+import numpy as np
+
 from streaminator.config import SpeculatorConfig
 from streaminator.sequence import Prompt, Sequence
 from streaminator.speculative.ngram import NGramSpeculator
@@ -43,7 +45,11 @@ class SpeculatorStore:
             self.draft(sequence.prompt, sequence.token_ids, cap)
             for sequence, cap in zip(sequences, caps, strict=True)
         ]
-        return Guesses(drafts)
+        lengths = np.array([len(draft) for draft in drafts], np.int64)
+        tokens = np.zeros((len(drafts), 2, int(lengths.max(initial=0))), np.int64)
+        for row, draft in zip(tokens, drafts, strict=True):
+            row[0, : len(draft)] = draft
+        return Guesses(tokens, lengths)
 
     def advance_all(
         self, gains: Seq[Gain], top_ids: object, top_probs: object, *, may_wait: bool = False

@@ -7,7 +7,7 @@ import pytest
 from streaminator.config import SpeculatorConfig
 from streaminator.sequence import Prompt, Sequence
 from streaminator.speculative.memory_store import MemoryStore
-from streaminator.speculative.speculator import Gain
+from streaminator.speculative.speculator import Gain, Guesses
 
 TEXT = [7, 8, 9, 10, 11, 12, 13, 14]
 
@@ -40,6 +40,11 @@ def learn(store: MemoryStore, sequences: list[Sequence], step: int, *, may_wait:
     store.learn_all()
 
 
+def chains(guesses: Guesses) -> list[list[int]]:
+    rows = zip(guesses.tokens[:, 0].tolist(), guesses.lengths.tolist(), strict=True)
+    return [row[:length] for row, length in rows]
+
+
 @pytest.mark.parametrize("num_together", [2, 5, 16])
 def test_steps_learned_together_teach_what_they_teach_one_by_one(num_together: int) -> None:
     guesses = []
@@ -50,8 +55,8 @@ def test_steps_learned_together_teach_what_they_teach_one_by_one(num_together: i
             learn(store, sequences, step, may_wait=waits and (step + 1) % num_together > 0)
         guesses.append(store.draft_all(sequences, [6, 6], 0.0))
     at_once, together = guesses
-    assert at_once.chains == together.chains
-    assert any(at_once.chains)
+    assert chains(at_once) == chains(together)
+    assert any(chains(at_once))
     assert at_once.survival is not None
     assert together.survival is not None
     np.testing.assert_array_equal(at_once.survival, together.survival)
@@ -64,4 +69,4 @@ def test_what_waits_is_learned_before_the_prompt_is_drawn_again() -> None:
         learn(store, [first], step, may_wait=True)
     store.finish(first, has_failed=False)
     second = start(store, prompt("a"), 1)
-    assert store.draft_all([second], [3], 0.0).chains == [TEXT[:3]]
+    assert chains(store.draft_all([second], [3], 0.0)) == [TEXT[:3]]

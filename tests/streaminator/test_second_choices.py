@@ -60,21 +60,22 @@ def guess_with(engine: Engine, reference: Draws, seed: int, chance: float) -> No
 
     def draft_all(sequences: Seq[Sequence], caps: Seq[int], floor: float) -> Guesses:
         width = max(caps, default=0)
-        seconds = [[0] * width for _ in sequences]
+        tokens = np.zeros((len(sequences), 2, width), np.int64)
+        lengths = np.zeros(len(sequences), np.int64)
         survival = np.zeros((len(sequences), 2, width), np.float32)
-        chains = []
         for row, (sequence, cap) in enumerate(zip(sequences, caps, strict=True)):
             whole = reference[sequence.prompt.prompt_id, sequence.sample_index].token_ids
             drawn = len(sequence.token_ids) - sequence.num_prompt_tokens
             right = whole[drawn : drawn + cap]
             turn = generator.randint(0, len(right))
-            chains.append([*right[:turn], *map(other_than, right[turn:])])
+            tokens[row, 0, : len(right)] = [*right[:turn], *map(other_than, right[turn:])]
+            lengths[row] = len(right)
             survival[row, 0, : len(right)] = 1
             for place, token in enumerate(right):
                 is_right = place == turn and generator.random() < chance
-                seconds[row][place] = token if is_right else other_than(token)
+                tokens[row, 1, place] = token if is_right else other_than(token)
                 survival[row, 1, place] = generator.random() < 0.7
-        return Guesses(chains, seconds, survival)
+        return Guesses(tokens, lengths, survival)
 
     engine.store.draft_all = draft_all  # type: ignore[method-assign]
 
