@@ -9,6 +9,7 @@ Invariants
 Used by: `pool.LocalPool`, `actors.worker`.
 """
 
+import gc
 import socket
 import time
 import uuid
@@ -141,6 +142,8 @@ class Session:
         if config.run.profile:
             uri = join_uri(run_uri, "profile", f"{writer_id}.json.gz")
             self._trace = StepTrace(uri, self._runner.device)
+        # Else Python goes over all that was loaded, for some tenths of a second, in the middle of a run.
+        gc.freeze()
         return Opened(
             stream_width=self.engine.stream_width,
             memory=self.engine.memory,
@@ -196,6 +199,7 @@ class Session:
 
     def close(self) -> WorkResult:
         """Write out what is buffered. Raises: OutputError."""
+        gc.unfreeze()
         for writer in self._writers:
             writer.close()
         if self._trace is not None and (why := self._trace.close()):

@@ -81,3 +81,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
 def free(llama: ModelRunner) -> Draws:
     """Completions that only their length ends, with their text."""
     return draw(llama, PROMPTS, sampling=FREE, tokenizer=TOKENIZER)
+
+
+@pytest.fixture
+def overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams take their steps in the order that they have on a GPU."""
+    monkeypatch.setattr(ModelRunner, "is_asynchronous", True)

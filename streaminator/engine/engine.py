@@ -336,7 +336,7 @@ class Engine:
         return sequence
 
     def _commit(self, verdict: Verdict) -> tuple[FinishReason | None, str | None]:
-        """Add the drawn tokens one by one, until one of them ends the completion."""
+        """Add the drawn tokens, up to the one that ends the completion: why, and what went wrong."""
         sequence, drawn = verdict.sequence, verdict.drawn
         cached = sequence.num_cached_tokens + sequence.num_scheduled_tokens
         if INVALID_TOKEN in drawn and sequence.draft:
@@ -349,22 +349,12 @@ class Engine:
         if drawn:
             sequence.drafted.append(len(sequence.draft) + len(sequence.alternatives))
             sequence.accepted.append(len(drawn) - 1)
-        for index, (token, logprob) in enumerate(zip(drawn, verdict.logprobs, strict=True)):
-            if token == INVALID_TOKEN:
-                where = f"token {len(sequence.token_ids) - sequence.num_prompt_tokens}"
-                return FinishReason.FAILED, f"the model's logits are not finite at {where}"
-            sequence.token_ids.append(token)
-            sequence.logprobs.append(logprob)
-            sequence.from_draft.append(index < len(drawn) - 1)
-            reason = self._stopping.check(sequence)
-            if reason is not None:
-                # Accepted tokens behind the end are not part of the completion.
-                sequence.accepted[-1] = min(index + 1, len(drawn) - 1)
-                return reason, None
-        # The keys and values of the chain's accepted part stay; a second choice's are not in the
-        # cache, the newest token's are not computed yet.
-        self.scheduler.commit(sequence, cached + verdict.num_accepted)
-        return None, None
+        reason, error = self._stopping.add(verdict)
+        if reason is None:
+            # The keys and values of the chain's accepted part stay; a second choice's are not in the
+            # cache, the newest token's are not computed yet.
+            self.scheduler.commit(sequence, cached + verdict.num_accepted)
+        return reason, error
 
     def _completion(
         self, sequence: Sequence, reason: FinishReason, error: str | None

@@ -41,6 +41,10 @@ def test_settled_prompts_draw_the_first_completions_and_account_for_the_rest(tmp
     assert 0 < sum(row[2] == "settled" for row in settled) < len(settled)
 
 
+def test_prompts_settle_on_a_gpu_as_they_do_elsewhere(tmp_path, settled, overlapping):
+    assert [row[:4] for row in draw_answers(tmp_path, *SETTLING)] == settled
+
+
 @pytest.mark.parametrize(
     "is_kept",
     [

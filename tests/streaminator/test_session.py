@@ -30,8 +30,10 @@ def loaded() -> Session:
     return Session(CONFIG)
 
 
-@pytest.fixture
-def session(loaded, tmp_path) -> Session:
+@pytest.fixture(params=["in turn", "overlapping"])
+def session(loaded, tmp_path, request) -> Session:
+    if request.param == "overlapping":
+        request.getfixturevalue("overlapping")
     loaded.open(str(tmp_path), worker_id="worker-0", attempt=1, max_prompt_length=200)
     return loaded
 
