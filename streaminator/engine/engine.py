@@ -173,7 +173,7 @@ class Engine:
         now = time.time()
         for sample_index in prompt.sample_indices:
             sequence = Sequence(prompt, sample_index, list(prompt.token_ids), 0, 0, now)
-            self._failed.append(self._completion(sequence, FinishReason.FAILED, error))
+            self._failed.append(self._completion(sequence, FinishReason.FAILED, error, now))
 
     def run(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
         """Draw all completions of `prompts`, in the order they finish."""
@@ -254,7 +254,7 @@ class Engine:
             if reason is not None:
                 sequence, has_failed = verdict.sequence, reason is FinishReason.FAILED
                 ends_prompt = self.scheduler.retire(sequence, has_failed=has_failed)
-                ended.append(Ended(sequence, reason, error, ends_prompt))
+                ended.append(Ended(sequence, reason, error, time.time(), ends_prompt))
         self._speculation.advance(gains, top_ids, top_probs)
         self._collected = Collected(launched, verdicts, gains, ended)
         launched.clock.lap("commit")
@@ -269,7 +269,8 @@ class Engine:
             return finished
         self._speculation.learn()
         for end in collected.ended:
-            finished.append(self._completion(end.sequence, end.reason, end.error))
+            completion = self._completion(end.sequence, end.reason, end.error, end.at)
+            finished.append(completion)
             self._speculation.finish(end.sequence, has_failed=end.reason is FinishReason.FAILED)
             if end.ends_prompt:
                 self.store.drop(end.sequence.prompt)
@@ -357,7 +358,7 @@ class Engine:
         return reason, error
 
     def _completion(
-        self, sequence: Sequence, reason: FinishReason, error: str | None
+        self, sequence: Sequence, reason: FinishReason, error: str | None, finished_at: float
     ) -> Completion:
         return Completion(
             prompt=sequence.prompt,
@@ -370,7 +371,7 @@ class Engine:
             drafted=sequence.drafted,
             accepted=sequence.accepted,
             started_at=sequence.started_at,
-            finished_at=time.time(),
+            finished_at=finished_at,
             error=error,
             distributions=self._speculation.distributions(sequence),
         )

@@ -40,6 +40,8 @@ class Ended(NamedTuple):
     sequence: Sequence
     reason: FinishReason
     error: str | None
+    at: float
+    """Seconds since the epoch; the prompt's next one begins after that."""
     ends_prompt: bool
     """Whether it was its prompt's last one."""
 

@@ -47,6 +47,9 @@ def test_overlapping_steps_change_no_token(
     for key, completion in drawn.items():
         assert completion.logprobs == in_turn[name][key].logprobs
         assert len(completion.from_draft) == len(completion.token_ids)
+        if completion.sample_index:
+            before = drawn[completion.prompt.prompt_id, completion.sample_index - 1]
+            assert before.finished_at <= completion.started_at, "two of one prompt were in flight"
         if completion.distributions:
             assert len(completion.distributions.top_ids) == len(completion.token_ids)
 
