@@ -4,7 +4,7 @@
 A buddy allocator (Knowlton 1965): a free range joins its neighbour of the same length, so that
 memory given back is whole again. The operating system backs rows only once they are written to.
 
-Used by: `memory`.
+Used by: `memory_space`.
 """
 
 import heapq

@@ -7,10 +7,8 @@ orders are mixed, how long a draft gets and what the sampler's noise is for.
 
 Invariants
 - Counts are a function of the tokens (and distributions) observed, in order.
-- Bounded by `max_bytes`: tables double as they fill. A prompt's stops at 1/8 of the whole, the
-  shared one at 1/4; then the half of its contexts that was not touched longest goes. When the
-  arena is full, the table of the prompt that was started longest ago goes; that prompt drafts
-  from the shared table until its next completion.
+- Bounded by `max_bytes`; see `memory_space`. A prompt whose table gave way drafts from the shared
+  one until its next completion.
 - Work is linear in tokens drafted and tokens committed. Growing a table costs its size, which
   doubles: constant per token.
 
@@ -33,28 +31,13 @@ from streaminator.sequence import Distributions
 from streaminator.speculative import memory_kernels as kernels
 from streaminator.speculative import memory_learning as learning
 from streaminator.speculative import memory_rates as rates
-from streaminator.speculative.arena import Arena
 from streaminator.speculative.memory_correction import Correction
 from streaminator.speculative.memory_features import MAX_DRAFT, begin
-from streaminator.speculative.memory_growth import PER_BUCKET_AT_MOST, find_full, rebuild
 from streaminator.speculative.memory_mixing import new_scratch
-from streaminator.speculative.memory_tables import (
-    CLOCK,
-    NUM_BUCKETS,
-    NUM_ROWS,
-    NUM_SHARED_CONTEXTS,
-    PER_BUCKET,
-    ROW_BYTES,
-    START,
-    TAIL,
-    USED_CONTEXTS,
-    USED_ROWS,
-    Ints,
-)
+from streaminator.speculative.memory_space import Tables
+from streaminator.speculative.memory_tables import NUM_SHARED_CONTEXTS, TAIL, Ints
 from streaminator.speculative.memory_texts import NOTHING, chunks, no_distributions, steps
 
-_MIN_ROWS = 256
-_SHARED = 0
 _CHUNK = 512  # tokens learned between two looks at the room left
 _ROWS_PER_CONTEXT = (1.0, 1 + 2 / NUM_SHARED_CONTEXTS)  # its own, and its part of a record
 
@@ -112,18 +95,12 @@ class Memory:
         learns_completions: bool = True,
         numbers: NDArray[np.bool_] | None = None,
     ) -> None:
-        self._arena = Arena(max_bytes)
-        num_rows = len(self._arena.rows)
-        self._max_rows = max(num_rows // 8, _MIN_ROWS)
-        self._shared_max_rows = max(num_rows // 4, _MIN_ROWS)
+        self._tables = Tables(max_bytes, shared=shared)
         self._shared = shared
         self.min_survival = min_survival
         self._learns_prompts = learns_prompts
         self._learns_completions = learns_completions
         self._strengths = rates.NOISE_STRENGTHS if noise else np.zeros(1)
-        self._tables = np.zeros((8, 6), np.int64)
-        self._free_tables = list(range(7, 0, -1))
-        self._prompts: dict[str, int] = {}  # least recently started first
         self._running = np.zeros((8, rates.NUM_COLUMNS), np.int64)
         self._tails = np.zeros((8, TAIL), np.int64)
         self._predictions = np.zeros((8, MAX_DRAFT, 4 + len(self._strengths)), np.int64)
@@ -142,18 +119,16 @@ class Memory:
         self._noise_hits = np.zeros((rates.NUM_MATCHES, len(self._strengths)))
         if noise:
             self._noise_hits[:, rates.FIRST_STRENGTH] = 2
-        if shared:
-            self._allocate(_SHARED, _MIN_ROWS)
 
     @property
     def num_bytes(self) -> int:
         """Memory of all tables."""
-        return self._arena.num_used * ROW_BYTES
+        return self._tables.num_bytes
 
     @property
     def num_prompts(self) -> int:
         """Open prompts."""
-        return len(self._prompts)
+        return len(self._tables.of)
 
     def open(
         self,
@@ -166,16 +141,11 @@ class Memory:
 
         Where a completion's distributions are given, its counts become what `commit` made them.
         """
-        if prompt_id in self._prompts:
+        if prompt_id in self._tables.of:
             raise ValueError(f"prompt {prompt_id!r} is open already")
-        if not self._free_tables:
-            size = len(self._tables)
-            self._tables = np.concatenate([self._tables, np.zeros_like(self._tables)])
-            self._free_tables = list(range(2 * size - 1, size - 1, -1))
-        self._prompts[prompt_id] = self._free_tables.pop()
+        self._tables.open(prompt_id)
         self._starts[prompt_id] = tuple(prompt_token_ids[-TAIL:])
         self._num_prompt[prompt_id] = len(prompt_token_ids)
-        self._revive(prompt_id)
         if self._learns_prompts:
             handle = self._new_handle(prompt_id, (), 0)
             self._observe(handle, prompt_token_ids, shared=False)
@@ -197,15 +167,12 @@ class Memory:
 
     def has_table(self, prompt_id: str) -> bool:
         """Whether an open prompt still has what it learned: its table may have given way."""
-        return bool(self._tables[self._prompts[prompt_id], NUM_BUCKETS])
+        return self._tables.has_table(prompt_id)
 
     def close(self, prompt_id: str) -> None:
         """Forget a prompt; what the shared tier learned from it stays."""
-        table = self._prompts.pop(prompt_id)
+        self._tables.close(prompt_id)
         del self._starts[prompt_id], self._num_prompt[prompt_id]
-        self._drop(table)
-        self._tables[table] = 0
-        self._free_tables.append(table)
 
     def start(self, prompt_id: str, token_ids: Sequence[int], noise_key: int) -> int:
         """Begin a completion of an open prompt.
@@ -218,8 +185,7 @@ class Memory:
         Returns:
             A handle, valid until `finish`.
         """
-        self._prompts[prompt_id] = self._prompts.pop(prompt_id)
-        self._revive(prompt_id)
+        self._tables.start(prompt_id)
         handle = self._new_handle(prompt_id, token_ids, noise_key)
         begin(
             self._correction.histories[handle], self._running[handle], token_ids,
@@ -242,7 +208,7 @@ class Memory:
         tokens = np.zeros((len(handles), 2, int(caps.max(initial=0))), np.int64)
         survival = np.zeros(tokens.shape, np.float32)
         width = kernels.draft(
-            self._arena.rows, self._tables, self._running, self._tails, handles, caps,
+            self._tables.rows, self._tables.records, self._running, self._tails, handles, caps,
             self.min_survival, self._mixing, self._hits, self._second_hits,
             self._strengths, self._noise_hits, self._shared, self._correction, self._predictions,
             self._chains_for(len(handles), tokens.shape[2]), self._scratch, tokens, survival,
@@ -310,7 +276,7 @@ class Memory:
     ) -> None:
         """Count a text without judging drafts by it."""
         handles = np.array([handle])
-        chunk = max(1, min(_CHUNK, self._max_rows // 64))
+        chunk = max(1, min(_CHUNK, self._tables.max_rows // 64))
         pieces = chunks(token_ids, chunk) if top is None else steps(token_ids, top)
         for tokens, rejected, top_ids, top_probs in pieces:
             lengths, num_rejected = np.array([len(tokens)]), np.array([len(rejected)])
@@ -342,9 +308,10 @@ class Memory:
         handles, tokens, lengths, rejected, num_rejected, top_ids, top_probs, before = drawn
         num_all = lengths + num_rejected
         if own:
-            self._make_room(handles, num_all, _ROWS_PER_CONTEXT[top_ids.shape[1] > 0])
+            per_context = _ROWS_PER_CONTEXT[top_ids.shape[1] > 0]
+            self._tables.make_room(self._running, handles, num_all, per_context)
         learning.count(
-            self._arena.rows, self._tables, self._running, handles, before, tokens, lengths,
+            self._tables.rows, self._tables.records, self._running, handles, before, tokens, lengths,
             rejected, num_rejected, top_ids, top_probs, self._mixing, self._num_learned,
             self._correction.numbers, own, shared, learns_rates, self._ahead_of(num_all),
             self._scratch,
@@ -378,75 +345,5 @@ class Memory:
         handle = self._free_handles.pop()
         tail = token_ids[-TAIL:]
         self._tails[handle, TAIL - len(tail) :] = tail
-        self._running[handle] = (self._prompts[prompt_id], len(tail), 0, noise_key, 0, 0, 0, 0)
+        self._running[handle] = (self._tables.of[prompt_id], len(tail), 0, noise_key, 0, 0, 0, 0)
         return handle
-
-    def _make_room(self, handles: Ints, lengths: Ints, rows_per_context: float) -> None:
-        """Grow the tables that might not hold what comes next."""
-        full, num_contexts = find_full(
-            self._tables,
-            self._running,
-            handles,
-            lengths,
-            rows_per_context,
-            self._shared,
-        )
-        for table, num in zip(full.tolist(), num_contexts.tolist(), strict=True):
-            self._grow(table, num, rows_per_context)
-
-    def _grow(self, table: int, num_contexts: int, rows_per_context: float) -> None:
-        """Double a table until it has room; one that may not double drops its oldest half."""
-        old = self._tables[table].copy()
-        if old[NUM_ROWS] == 0:
-            return  # it gave way to another one that had to grow
-        limit = self._shared_max_rows if table == _SHARED else self._max_rows
-        used = int(old[USED_ROWS] - 2 * old[NUM_BUCKETS])
-        wanted = used + int(num_contexts * rows_per_context)
-        wanted += int(2 * (old[USED_CONTEXTS] + num_contexts) / PER_BUCKET_AT_MOST) + 2
-        num_rows = int(old[NUM_ROWS])
-        while num_rows < min(limit, wanted):
-            num_rows *= 2
-        if num_rows == old[NUM_ROWS] and num_rows * 2 <= limit:
-            num_rows *= 2
-        oldest = 0
-        if old[USED_CONTEXTS] and (num_rows < wanted or num_rows == old[NUM_ROWS]):
-            rows = self._arena.rows[old[START] : old[START] + old[NUM_ROWS]]
-            buckets = rows[: 2 * old[NUM_BUCKETS]].reshape(-1, 2, PER_BUCKET)
-            contexts = buckets[:, 1][buckets[:, 0] != 0]
-            oldest = int(np.median(rows[contexts, 7])) + 1
-        # Of the rows in use as many as before are contexts, which need room in buckets.
-        share = (old[USED_CONTEXTS] + num_contexts) / (used + num_contexts * rows_per_context)
-        if not self._allocate(table, num_rows, share):
-            self._drop(table, old)
-            return
-        rebuild(self._arena.rows, old, self._tables[table], oldest)
-        self._arena.free(int(old[START]), int(old[NUM_ROWS]))
-
-    def _allocate(self, table: int, num_rows: int, share: float = 1.0) -> bool:
-        """Give a table an empty range, at the cost of other prompts if need be.
-
-        Of the rows in use a `share` will be contexts.
-        """
-        start = self._arena.allocate(num_rows)
-        others = list(self._prompts.values())
-        victims = (n for n in others if n != table and self._tables[n, NUM_ROWS])
-        while start is None:
-            victim = next(victims, None)
-            if victim is None:
-                return False
-            self._drop(victim)
-            start = self._arena.allocate(num_rows)
-        buckets = max(int(num_rows * share / (PER_BUCKET_AT_MOST + 2 * share)), 1)
-        self._tables[table] = (start, buckets, num_rows, 0, 2 * buckets, self._tables[table, CLOCK])
-        return True
-
-    def _revive(self, prompt_id: str) -> None:
-        table = self._prompts[prompt_id]
-        if self._tables[table, NUM_BUCKETS] == 0:
-            self._allocate(table, _MIN_ROWS)
-
-    def _drop(self, table: int, record: Ints | None = None) -> None:
-        held: Ints = self._tables[table] if record is None else record
-        if held[NUM_ROWS]:
-            self._arena.free(int(held[START]), int(held[NUM_ROWS]))
-        self._tables[table, :CLOCK] = 0

@@ -3,7 +3,7 @@
 # pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 """Compiled: which of the memory's tables are full, and moving one to another range of rows.
 
-Used by: `memory`.
+Used by: `memory_space`.
 """
 
 import numpy as np
