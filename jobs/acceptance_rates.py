@@ -262,7 +262,8 @@ def _run(
         runner,
         tokenizer,
         sampling=config.sampling,
-        engine=config.engine,
+        # Drafts know all that was said before them, as in a replay.
+        engine=replace(config.engine, overlap=False),
         speculator=speculator,
         max_prompt_length=max(len(prompt.token_ids) for prompt in prompts),
         step_costs=StepCosts.free(),

@@ -81,7 +81,9 @@ def _measure(
     slots = order.gather(1, positions // BLOCK_SIZE) * BLOCK_SIZE + positions % BLOCK_SIZE
     none = rows.new_empty(0)
     group = AttentionGroup(rows, order, positions, None)
-    packed = Batch(none, none, slots.flatten(), none, none, none, rows.numel(), None, [group])
+    packed = Batch(
+        none, none, slots.flatten(), none, none, none, rows.numel(), None, _groups=[group]
+    )
     query, key, value = (
         torch.randn(1, rows.numel(), num_heads, dim, **options).transpose(1, 2)
         for num_heads, dim in (

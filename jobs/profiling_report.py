@@ -24,7 +24,8 @@ _TITLES = {
     STATIC: "static batching, speculation",
 }
 COMPONENTS = (*PHASES, "other")
-"""Phases of `steps/`, and what lies between steps: rows, Parquet, the driver."""
+"""Phases of `steps/`, and what lies between steps: rows, Parquet, the driver. On a GPU these go on while the
+model computes."""
 _NUM_POINTS = 200
 """Most points of a curve over steps."""
 

@@ -141,7 +141,8 @@ class ResidentSession:
             completions, trouble = step_or_narrow(engine)
             drawn += completions
             events += trouble
-            num_steps += 1
+            num_steps += engine.last_step is not None
+            engine.last_step = None
             released = engine.take_released()
             has_few = engine.scheduler.num_open_prompts < min_open_prompts
             if has_few or time.monotonic() >= deadline:

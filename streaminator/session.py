@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class Session:
 
         Raises: InputError naming what cannot be used.
         """
+        _keep_imports()
         self._config = config
         self._grade = make_grader(config.data)
         self._tokenizer = load_tokenizer(config.model)
@@ -142,8 +144,6 @@ class Session:
         if config.run.profile:
             uri = join_uri(run_uri, "profile", f"{writer_id}.json.gz")
             self._trace = StepTrace(uri, self._runner.device)
-        # Else Python goes over all that was loaded, for some tenths of a second, in the middle of a run.
-        gc.freeze()
         return Opened(
             stream_width=self.engine.stream_width,
             memory=self.engine.memory,
@@ -199,7 +199,6 @@ class Session:
 
     def close(self) -> WorkResult:
         """Write out what is buffered. Raises: OutputError."""
-        gc.unfreeze()
         for writer in self._writers:
             writer.close()
         if self._trace is not None and (why := self._trace.close()):
@@ -330,6 +329,14 @@ class Session:
             num_slots_sum=stats.stream_width,
             device_memory=stats.device_memory,
         )
+
+
+@cache
+def _keep_imports() -> None:
+    """Once in a process: else Python looks for garbage in all that was imported, for some tenths of a
+    second in the middle of a run."""
+    gc.collect()
+    gc.freeze()
 
 
 def threads_for(runner: ModelRunner, num_threads: int | None) -> int:

@@ -123,9 +123,13 @@ STEPS = _schema(
     ("seconds_draft", pa.float64(), "drafting"),
     ("seconds_pack", pa.float64(), "building the batch"),
     ("seconds_forward", pa.float64(), "the model"),
-    ("seconds_sample", pa.float64(), "drawing tokens"),
+    (
+        "seconds_sample",
+        pa.float64(),
+        "drawing tokens; on a GPU also what the host does meanwhile, where the model does not take as long",
+    ),
     ("seconds_verify", pa.float64(), "comparing drafts with the drawn tokens"),
-    ("seconds_commit", pa.float64(), "commit and retire"),
+    ("seconds_commit", pa.float64(), "commit and retire; but on a GPU, learning"),
     ("num_blocks_used", pa.int32(), "KV blocks in use"),
     ("device_memory", pa.int64(), "bytes in use"),
 )

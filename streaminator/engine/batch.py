@@ -86,6 +86,8 @@ class Batch:
     """T without padding."""
     lines: Lines | None
     """None where the groups are given."""
+    num_sampled: int = 0
+    """R: a tensor's length costs the host microseconds."""
     _groups: list[AttentionGroup] | None = None
     numbers: torch.Tensor | None = None
     """Of a padded step all that the forward reads, in one piece: of steps of the same `shape` each
@@ -204,6 +206,7 @@ def pack(
         noise_keys=next(placed),
         noise_positions=next(placed),
         num_tokens=len(tokens),
+        num_sampled=len(sampled),
         lines=lines,
     )
 

@@ -190,8 +190,8 @@ class Engine:
         Where steps overlap it is only begun, and those come back that ended with the one before: what
         they leave to do, here and at the caller's, is done while the GPU computes.
 
-        Out of device memory, nothing has happened yet: it can be called again, after
-        `scheduler.narrow`.
+        Out of device memory, no forward has begun: it can be called again, after `scheduler.narrow`,
+        and then returns what ended before.
         """
         if self._overlaps:
             self._collect()
@@ -230,8 +230,9 @@ class Engine:
             survival=survival,
             transfer=Transfer(drawn),
             num_tokens=batch.num_tokens,
-            num_sampled=len(batch.noise_keys),
+            num_sampled=batch.num_sampled,
             num_running=len(self.scheduler.running),
+            stream_width=self.scheduler.stream_width,
             teaches_costs=self.runner.was_usual,
         )
 
@@ -256,7 +257,15 @@ class Engine:
                 ends_prompt = self.scheduler.retire(sequence, has_failed=has_failed)
                 ended.append(Ended(sequence, reason, error, time.time(), ends_prompt))
         self._speculation.advance(gains, top_ids, top_probs)
-        self._collected = Collected(launched, verdicts, gains, ended)
+        self._collected = Collected(
+            launched,
+            verdicts,
+            gains,
+            ended,
+            at=time.time(),
+            num_blocks_used=self.scheduler.block_manager.num_used,
+            device_memory=self.runner.memory_in_use(),
+        )
         launched.clock.lap("commit")
         if self._overlaps:
             self._observe(self._collected)
@@ -274,14 +283,12 @@ class Engine:
             self._speculation.finish(end.sequence, has_failed=end.reason is FinishReason.FAILED)
             if end.ends_prompt:
                 self.store.drop(end.sequence.prompt)
+        at = collected.at
         if not self._overlaps:
             collected.launched.clock.lap("commit")
             self._observe(collected)
-        self.last_step = collected.stats(
-            stream_width=self.scheduler.stream_width,
-            num_blocks_used=self.scheduler.block_manager.num_used,
-            device_memory=self.runner.memory_in_use(),
-        )
+            at = time.time()
+        self.last_step = collected.stats(at)
         return finished
 
     def _observe(self, collected: Collected) -> None:
@@ -303,7 +310,11 @@ class Engine:
         return released
 
     def drop_rest(self, prompt: Prompt) -> None:
-        """Draw no more of a prompt, one of whose completions the newest step has returned."""
+        """Draw no more of a prompt, one of whose completions the newest step has returned.
+
+        Not where steps overlap: its next completion is in flight by then.
+        """
+        assert not self._overlaps
         self.scheduler.drop(prompt)
         self.store.drop(prompt)
 

@@ -72,7 +72,7 @@ class FusedModel:
         end = int((batch.lines.firsts + batch.lines.counts).max())
         x, rotary = self.embed(batch.input_ids[0], batch.positions[0], end)
         x = self._stack(x, rotary, cache, lines_of(batch.lines))
-        if len(batch.noise_keys) < batch.num_tokens or len(x) < len(batch.sampled_rows):
+        if batch.num_sampled < batch.num_tokens or len(x) < len(batch.sampled_rows):
             x = x.index_select(0, batch.sampled_rows)
         x = self._stack.kernels.rms_norm(x, self._norm.weight, eps_of(self._norm))
         return self._head(x)

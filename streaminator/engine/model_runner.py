@@ -241,7 +241,7 @@ class ModelRunner:
             logits = self._graphs.run(self._run_model, batch, cache)
         else:
             logits = self._run_model(batch, cache)
-        return logits[: len(batch.noise_keys)]
+        return logits[: batch.num_sampled]
 
     @property
     def was_usual(self) -> bool:

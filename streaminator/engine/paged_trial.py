@@ -127,6 +127,6 @@ def _make_batch(block_size: int, device: torch.device) -> tuple[Batch, int]:
         none,
         first_second + num_lines,
         None,
-        groups,
+        _groups=groups,
     )
     return batch, 1 + num_lines * num_blocks

@@ -83,8 +83,8 @@ class Transfer:
 
     def __init__(self, drawn: Drawn) -> None:
         """Begin it; a GPU goes on with what it was given before."""
-        self._drawn = drawn
-        self._both = None
+        self._drawn: Drawn | None = drawn
+        self._both: torch.Tensor | None = None
         if drawn.tokens.device.type == "cuda":
             # One transfer; token ids are exact in float64.
             columns = [
@@ -99,10 +99,11 @@ class Transfer:
             self._arrived.record(torch.cuda.current_stream(drawn.tokens.device))
 
     def wait(self) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
-        """Tokens, log-probabilities, most likely tokens and their probabilities, all settled."""
-        drawn = self._drawn
+        """Tokens, log-probabilities, most likely tokens and their probabilities, all settled; once."""
         tokens, logprobs, top_ids, top_probs = self._read()
-        if drawn.settle is None:
+        # Logits are large, and whoever asked may stay for longer.
+        drawn, self._drawn, self._both = self._drawn, None, None
+        if drawn is None or drawn.settle is None:
             return tokens, logprobs, top_ids, top_probs
         rows = [row for row, token in enumerate(tokens) if token == _UNSETTLED]
         if rows:
@@ -113,6 +114,7 @@ class Transfer:
 
     def _read(self) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
         drawn = self._drawn
+        assert drawn is not None, "waited for before"
         if self._both is None:
             tops = drawn.top_ids.numpy(), drawn.top_probs.numpy()
             return drawn.tokens.tolist(), drawn.logprobs.tolist(), *tops

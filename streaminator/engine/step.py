@@ -4,7 +4,6 @@
 Used by: `engine.Engine`.
 """
 
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +30,7 @@ class Launched(NamedTuple):
     num_sampled: int
     """Of them, rows that a token is drawn on."""
     num_running: int
+    stream_width: int
     teaches_costs: bool
 
 
@@ -53,6 +53,10 @@ class Collected(NamedTuple):
     verdicts: list[Verdict]
     gains: list[Gain]
     ended: list[Ended]
+    at: float
+    """Seconds since the epoch."""
+    num_blocks_used: int
+    device_memory: int
 
     @property
     def num_new(self) -> int:
@@ -74,14 +78,14 @@ class Collected(NamedTuple):
         """Of them, accepted."""
         return sum(sequence.accepted[-1] for sequence in self.decoded)
 
-    def stats(self, *, stream_width: int, num_blocks_used: int, device_memory: int) -> StepStats:
-        """As they are written out."""
+    def stats(self, at: float) -> StepStats:
+        """As they are written out; `at`: when the step was over."""
         launched = self.launched
         verified, accepted = calibration(launched.drafting, launched.survival, self.verdicts)
         return StepStats(
-            time=time.time(),
+            time=at,
             num_running=launched.num_running,
-            stream_width=stream_width,
+            stream_width=launched.stream_width,
             num_prefill_tokens=launched.num_tokens - launched.num_sampled,
             num_decode_tokens=len(self.decoded),
             num_draft_tokens=self.num_drafts,
@@ -89,7 +93,7 @@ class Collected(NamedTuple):
             num_new_tokens=self.num_new,
             num_draft_by_survival=verified,
             num_accepted_by_survival=accepted,
-            num_blocks_used=num_blocks_used,
-            device_memory=device_memory,
+            num_blocks_used=self.num_blocks_used,
+            device_memory=self.device_memory,
             **launched.clock.seconds,
         )

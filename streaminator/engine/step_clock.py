@@ -12,8 +12,9 @@ import torch
 class StepClock:
     """Seconds per phase of one step, which begins now.
 
-    The host waits for a GPU once in a step, when it reads what was sampled. How much of that wait
-    is the forward's, the GPU's own clock says.
+    The host waits for a GPU once in a step, when it reads what was sampled. How much of the time until
+    then is the forward's, the GPU's own clock says; the rest, what the host did meanwhile for longer
+    than that included, is the phase "sample".
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -135,7 +135,7 @@ def draft(
 ) -> int:
     """Draft a chain for each handle, and second choices beside it; returns the longest's length.
 
-    What was predicted is kept for `learn` in `predictions`.
+    What was predicted is kept for `advance` in `predictions`.
 
     Args:
         rows, tables: the arena and the tables' records; table 0 is the shared one.

@@ -354,4 +354,4 @@ def test_a_memory_too_small_for_all_prompts_forgets_and_changes_nothing(pool):
         assert said(forgetful.sample(prompts, seed=epoch)) == expected
     memory = forgetful._workers._session._engine.store._memory
     assert memory.num_bytes <= 1 << 20
-    assert not all(map(memory.has_table, memory._prompts))
+    assert not all(map(memory.has_table, memory._tables.of))
