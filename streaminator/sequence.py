@@ -242,7 +242,7 @@ class StepStats:
     seconds_sample: float
     seconds_verify: float
     seconds_commit: float
-    """Commit and retire; where steps do not overlap, learning."""
+    """Commit, retire, and, where steps do not overlap, learning."""
     num_blocks_used: int
     device_memory: int
     """Bytes in use: torch's on a GPU, the process's resident set on a CPU."""

@@ -129,7 +129,7 @@ STEPS = _schema(
         "drawing tokens; on a GPU also what the host does meanwhile, where the model does not take as long",
     ),
     ("seconds_verify", pa.float64(), "comparing drafts with the drawn tokens"),
-    ("seconds_commit", pa.float64(), "commit and retire; but on a GPU, learning"),
+    ("seconds_commit", pa.float64(), "commit, retire, and, where steps do not overlap, learning"),
     ("num_blocks_used", pa.int32(), "KV blocks in use"),
     ("device_memory", pa.int64(), "bytes in use"),
 )

@@ -4,6 +4,8 @@
 Used by: `engine.Engine`.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +48,8 @@ class Ended(NamedTuple):
     """Whether it was its prompt's last one."""
 
 
-class Collected(NamedTuple):
+@dataclass(frozen=True)
+class Collected:
     """A step whose tokens are known and added to their sequences."""
 
     launched: Launched
@@ -58,22 +61,22 @@ class Collected(NamedTuple):
     num_blocks_used: int
     device_memory: int
 
-    @property
+    @cached_property
     def num_new(self) -> int:
         """Tokens added to completions."""
         return sum(len(gain.token_ids) for gain in self.gains)
 
-    @property
+    @cached_property
     def decoded(self) -> list[Sequence]:
         """Sequences for which tokens were drawn."""
         return [verdict.sequence for verdict in self.verdicts if verdict.drawn]
 
-    @property
+    @cached_property
     def num_drafts(self) -> int:
         """Tokens verified."""
         return sum(sequence.drafted[-1] for sequence in self.decoded)
 
-    @property
+    @cached_property
     def num_accepted(self) -> int:
         """Of them, accepted."""
         return sum(sequence.accepted[-1] for sequence in self.decoded)
