@@ -9,7 +9,7 @@ Used by: `draft_budget`.
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_records import jit, jit_allocating
+from streaminator.compiled import jit, jit_allocating
 
 Floats = NDArray[np.float64]
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.compiled import jit, jit_inline
 from streaminator.speculative.memory_features import (
     HASH_BITS,
     HISTORY_SHAPE,
@@ -30,7 +31,7 @@ from streaminator.speculative.memory_features import (
 )
 from streaminator.speculative.memory_math import LANES, exp, log, most_of_lanes, sum_of_lanes
 from streaminator.speculative.memory_rates import Floats
-from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline, nth
+from streaminator.speculative.memory_records import Ints, Rows, nth
 from streaminator.speculative.memory_tables import NUM_CONTEXTS
 
 MOST = 12

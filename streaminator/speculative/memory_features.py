@@ -20,9 +20,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.compiled import jit, jit_inline
 from streaminator.speculative.memory_math import LANES
 from streaminator.speculative.memory_rates import LENGTH, NUM_PROMPT, Floats
-from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline, nth
+from streaminator.speculative.memory_records import Ints, Rows, nth
 from streaminator.speculative.memory_tables import is_number
 
 MAX_DRAFT = 64

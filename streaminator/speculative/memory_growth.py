@@ -8,6 +8,7 @@ Used by: `memory_space`.
 
 import numpy as np
 
+from streaminator.compiled import jit_allocating, jit_inline
 from streaminator.speculative.memory_rates import TABLE
 from streaminator.speculative.memory_records import (
     EMPTY,
@@ -15,8 +16,6 @@ from streaminator.speculative.memory_records import (
     RECORDS,
     Ints,
     Rows,
-    jit_allocating,
-    jit_inline,
     nth,
     num_rows_of,
 )

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.compiled import jit, jit_inline
 from streaminator.speculative.memory_correction import (
     Correction,
     correct,
@@ -59,7 +60,7 @@ from streaminator.speculative.memory_rates import (
     second_rate,
     share_bin,
 )
-from streaminator.speculative.memory_records import Ints, Rows, jit, jit_inline, log_bin, nth
+from streaminator.speculative.memory_records import Ints, Rows, log_bin, nth
 from streaminator.speculative.memory_tables import (
     GAPPED,
     NUM_BUCKETS,

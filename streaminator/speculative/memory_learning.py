@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.compiled import jit, jit_inline
 from streaminator.speculative.memory_correction import Correction, learn_corrections
 from streaminator.speculative.memory_features import extend
 from streaminator.speculative.memory_mixing import Scratch
@@ -24,7 +25,7 @@ from streaminator.speculative.memory_rates import (
     learn_hits,
     learn_mixing,
 )
-from streaminator.speculative.memory_records import jit, jit_inline, pack_record
+from streaminator.speculative.memory_records import pack_record
 from streaminator.speculative.memory_tables import (
     FIRST_SHARED,
     NUM_BUCKETS,

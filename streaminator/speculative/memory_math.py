@@ -16,7 +16,7 @@ from numba.core import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_records import jit_inline
+from streaminator.compiled import jit_inline
 
 LANES = 16
 """Candidates at a time, those that are not there included.

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.compiled import jit_inline
 from streaminator.speculative.memory_features import TRAITS_SHAPE
 from streaminator.speculative.memory_math import LANES
 from streaminator.speculative.memory_rates import Floats, kind_of, part_of
@@ -29,7 +30,6 @@ from streaminator.speculative.memory_records import (
     Ints,
     Rows,
     entry_of,
-    jit_inline,
     nth,
     peek,
     prefetch,

@@ -10,9 +10,10 @@ import math
 
 import numpy as np
 
+from streaminator.compiled import jit_inline
 from streaminator.speculative.memory_math import exp, log, most_of_lanes
 from streaminator.speculative.memory_rates import Floats
-from streaminator.speculative.memory_records import Ints, jit_inline
+from streaminator.speculative.memory_records import Ints
 from streaminator.speculative.memory_tables import mix64
 
 _HOPELESS = math.log(0.01)  # below the best candidate's mass: the noise would have to be rare

@@ -13,7 +13,8 @@ Used by: `memory`, all its loops.
 import numpy as np
 from numpy.typing import NDArray
 
-from streaminator.speculative.memory_records import jit, jit_inline, log_bin, nth
+from streaminator.compiled import jit, jit_inline
+from streaminator.speculative.memory_records import log_bin, nth
 from streaminator.speculative.memory_tables import (
     NUM_CONTEXTS,
     SCALE,

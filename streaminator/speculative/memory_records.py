@@ -14,18 +14,18 @@ low bits of the total hold RECORDS and how many tokens the newest one has.
 
 An entry is a token (20 bits) and its probability (12 bits); likeliest first.
 
-Used by: all compiled loops, `memory_*` and `draft_choice`.
+Used by: all compiled loops of the memory.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from streaminator.compiled import jit, jit_inline
 
 Ints = NDArray[np.int64]
 Rows = NDArray[np.int32]
@@ -44,33 +44,6 @@ _SURE = 3900  # of ONE: such a token stands for the whole distribution
 _TOKEN_BITS, _SHIFT = (1 << 20) - 1, 12
 _COUNT = -1024
 """The bits of a total that count."""
-
-
-def _compiled(function: Callable, **options: Any) -> Any:
-    """Compile on first use; the result is kept on disk where a folder for it can be written."""
-    options |= {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache is writable
-        return numba.njit(**options)(function)
-
-
-def jit_allocating(function: Callable) -> Any:
-    """Compile a function that makes arrays."""
-    return _compiled(function)
-
-
-def jit(function: Callable) -> Any:
-    """Compile a function that makes none. It does not count references to arrays.
-
-    The caller holds all it sees, and counting takes longer than these loops' own work.
-    """
-    return _compiled(function, _nrt=False)
-
-
-def jit_inline(function: Callable) -> Any:
-    """The same for what is called in inner loops: passing arrays costs more than its work."""
-    return _compiled(function, _nrt=False, forceinline=True)
 
 
 def _start_of(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

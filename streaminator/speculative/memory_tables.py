@@ -23,13 +23,12 @@ Used by: `memory_growth` (moves them), all other loops of the memory, `memory`.
 import numpy as np
 from numpy.typing import NDArray
 
+from streaminator.compiled import jit, jit_inline
 from streaminator.speculative.memory_records import (
     EMPTY,
     RECORDS,
     Ints,
     Rows,
-    jit,
-    jit_inline,
     mass_in_cell,
     match,
     nth,
