@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from streaminator.config import JobConfig
@@ -334,7 +335,8 @@ class Session:
 @cache
 def _keep_imports() -> None:
     """Once in a process: else Python looks for garbage in all that was imported, for some tenths of a
-    second in the middle of a run."""
+    second in the middle of a run. So does pyarrow for pandas, to import it, with its first array."""
+    pa.array([0])
     gc.collect()
     gc.freeze()
 
