@@ -201,7 +201,8 @@ class EngineConfig:
     continuous_batching: bool = _option(True, "refill a slot the moment its completion ends")
     overlap: bool = _option(
         True,
-        "on a GPU: learn from a step, and write its completions, while the next one is computed",
+        "on a GPU: learn from a step, and write its completions, while the next one is computed, which "
+        "without drafts is launched before the step's tokens are known",
     )
     max_batched_tokens: int = _option(512, "most prompt tokens computed in one step (chunking)")
     in_flight_per_prompt: int | None = _option(

@@ -233,7 +233,7 @@ def check_invariants(engine: Engine) -> None:
     scheduler = engine.scheduler
     scheduler.check_integrity()
     running = [sequence.prompt.prompt_id for sequence in scheduler.running]
-    most = engine._config.in_flight_per_prompt or len(running)
+    most = scheduler._max_in_flight
     assert all(num <= most for num in Counter(running).values()), "too many of one prompt in flight"
     assert len(running) <= scheduler.stream_width
 

@@ -119,7 +119,12 @@ STEPS = _schema(
         "tokens drafted, by tenths of the chance they were given; empty where none was",
     ),
     ("num_accepted_by_survival", pa.list_(pa.int32()), "the accepted ones of these"),
-    ("seconds_schedule", pa.float64(), "choosing what runs"),
+    (
+        "seconds_schedule",
+        pa.float64(),
+        "choosing what runs; on a GPU this phase, and the next two, are 0 where they were over "
+        "before the step before was",
+    ),
     ("seconds_draft", pa.float64(), "drafting"),
     ("seconds_pack", pa.float64(), "building the batch"),
     ("seconds_forward", pa.float64(), "the model"),

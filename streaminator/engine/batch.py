@@ -7,6 +7,7 @@ Shapes: T packed tokens (padded), B sequences of an attention group, Q queries p
 Used by: `engine.Engine`, `step_costs` (make it), `model_runner`, `fused_model`, `attention`, `sampler`.
 """
 
+import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from streaminator.engine.layout import lay_out
 from streaminator.sequence import Sequence
 
 ROW_MULTIPLE = 8
@@ -25,6 +27,7 @@ would depend, in the last bit, on how many others are in the batch."""
 _MOST_PADDED = 1024  # tokens: longer steps keep a GPU busy for longer than their launches take
 _MOST_SHORT = 16  # queries: sequences with more are a group of their own in a padded step
 _KEYS = 256  # a padded step's block tables have room for 1, 2, 4 ... times as many
+_NUM_FACTS = 8  # of a sequence, see `lay_out`
 _ALIGNMENT = 16  # numbers; Triton compiles anew for pointers that are not multiples of 16 bytes
 
 
@@ -63,6 +66,15 @@ class Lines:
     """[n] `Batch.slot_mapping`."""
     num_seconds: int
     """How many of B are second choices, the last."""
+
+
+class Newest(NamedTuple):
+    """Tokens of the step before, which the device knows and the host does not."""
+
+    tokens: torch.Tensor
+    """[R] on the device; below 0: none was drawn there."""
+    rows: dict[Sequence, int]
+    """Where the last token of a sequence is among them, for which a placeholder stands."""
 
 
 @dataclass(slots=True)
@@ -117,86 +129,79 @@ def pack(
     device: torch.device,
     row_multiple: int = ROW_MULTIPLE,
     pads: bool = False,
+    newest: Newest | None = None,
 ) -> Batch:
     """Lay out each sequence's scheduled tokens and its draft, one sequence after another, then the
     second choices of all, padded to a multiple of `row_multiple` rows.
 
     With `pads` all but long steps are padded to few sizes, so that many have the same shape. Rows
     of padding write to the null block; only paged attention can read that.
+
+    `newest` gives tokens that the host does not know; only without drafts.
     """
-    # Lists: between two forwards nothing is in the processor's caches, and each of NumPy's functions
-    # costs more to fetch than a few rows do.
+    facts: list[int] = []
     tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    sampled: list[int] = []
-    noise_keys: list[int] = []
-    noise_positions: list[int] = []
-    spans: list[tuple[int, int, int]] = []
-    block_tables: list[list[int]] = []
-    for sequence in sequences:
-        first = sequence.num_cached_tokens
-        last = first + sequence.num_scheduled_tokens
-        end = last + len(sequence.draft)
-        table = sequence.block_table
-        spans.append((len(tokens), end - first, first))
-        block_tables.append(table)
-        tokens += sequence.token_ids[first:last]
-        tokens += sequence.draft
-        positions += range(first, end)
-        for index in range(first // block_size, -(-end // block_size)):
-            shift = (table[index] - index) * block_size
-            start, stop = max(first, index * block_size), min(end, (index + 1) * block_size)
-            slots += range(start + shift, stop + shift)
-        if sequence.is_sampled:
-            num = 1 + len(sequence.draft)
-            num_drawn = len(sequence.token_ids) - sequence.num_prompt_tokens
-            sampled += range(len(tokens) - num, len(tokens))
-            noise_keys += [sequence.noise_key] * num
-            noise_positions += range(num_drawn, num_drawn + num)
-    for sequence in sequences:
+    blocks = array.array("q")
+    seconds: list[int] = []
+    unknown: list[int] = []
+    drawn_rows: list[int] = []
+    num_sampled = 0
+    for line, sequence in enumerate(sequences):
+        known, draft, table = sequence.token_ids, sequence.draft, sequence.block_table
+        first, num = sequence.num_cached_tokens, sequence.num_scheduled_tokens
+        tokens += known[first : first + num]
+        tokens += draft
+        blocks.extend(table)
+        is_sampled = first + num == len(known)
+        facts += (
+            first, num, len(draft), len(known), sequence.num_prompt_tokens, sequence.noise_key,
+            is_sampled, len(table),
+        )  # fmt: skip
+        if is_sampled:
+            num_sampled += 1 + len(draft)
+            if newest and (row := newest.rows.get(sequence)) is not None:
+                unknown.append(len(tokens) - 1)
+                drawn_rows.append(row)
         for place, token in sequence.alternatives.items():
-            position = len(sequence.token_ids) + place
-            spans.append((len(tokens), 1, position))
-            block_tables.append(sequence.block_table)
-            sampled.append(len(tokens))
-            tokens.append(token)
-            positions.append(position)
-            noise_keys.append(sequence.noise_key)
-            noise_positions.append(position - sequence.num_prompt_tokens + 1)
-    width = max(map(len, block_tables))
-    tables = np.array([blocks + [0] * (width - len(blocks)) for blocks in block_tables])
-    starts, counts, firsts = np.array(spans, dtype=np.int64).T.copy()
+            seconds += (line, place, token)
+    num_seconds, num_slots = len(seconds) // 3, len(tokens)
+    tokens += seconds[2::3]
+    num_sampled += num_seconds
+    all_facts = np.array(facts, np.int64).reshape(-1, _NUM_FACTS)
+    num_lines, width = len(all_facts) + num_seconds, int(all_facts[:, -1].max())
     num_rows = _ceil(len(tokens), row_multiple) * row_multiple
-    num_sampled_rows = _ceil(len(sampled), ROW_MULTIPLE) * ROW_MULTIPLE
-    num_slots, padding = len(slots), None
+    num_sampled_rows = _ceil(num_sampled, ROW_MULTIPLE) * ROW_MULTIPLE
+    num_padded_slots, padding = num_slots, None
     if pads and len(tokens) <= _MOST_PADDED:
-        num_slots, padding = _rung(len(tokens)), block_size
-        has_long = counts[: len(sequences)].max() > _MOST_SHORT
-        num_sampled_rows = _rung(max(len(sampled), 1)) if has_long else num_slots
-        num_rows = num_slots
-    placed_slots = _filled(slots, num_slots)
-    lines = Lines(
-        starts, counts, firsts, tables, placed_slots[: len(slots)], len(spans) - len(sequences)
+        num_rows, padding = _rung(len(tokens)), block_size
+        has_long = all_facts[:, 1:3].sum(1).max() > _MOST_SHORT
+        num_sampled_rows = _rung(max(num_sampled, 1)) if has_long else num_rows
+        num_padded_slots = num_rows
+    starts, counts, firsts = np.empty((3, num_lines), np.int64)
+    tables = np.zeros((num_lines, width), np.int64)
+    positions, slots, sampled = (
+        np.zeros(num, np.int64) for num in (num_rows, num_padded_slots, num_sampled_rows)
     )
-    read = [
-        _filled(tokens, num_rows),
-        _filled(positions, num_rows),
-        placed_slots,
-        _filled(sampled, num_sampled_rows),
-    ]
-    noise = [np.array(noise_keys, np.int64), np.array(noise_positions, np.int64)]
+    noise_keys, noise_positions = np.empty((2, num_sampled), np.int64)
+    lay_out(
+        all_facts, np.array(seconds, np.int64).reshape(-1, 3), np.frombuffer(blocks, np.int64),
+        block_size, starts, counts, firsts, tables, positions, slots, sampled, noise_keys,
+        noise_positions,
+    )  # fmt: skip
+    lines = Lines(starts, counts, firsts, tables, slots[:num_slots], num_seconds)
+    read = [_filled(tokens, num_rows), positions, slots, sampled]
+    rest = [noise_keys, noise_positions, *(np.array(x, np.int64) for x in (unknown, drawn_rows))]
     placed: Iterator[torch.Tensor]
     if device.type == "cuda" or padding:
         groups = _make_groups(lines, padding)
         read += [array for group in groups for array in group.arrays]
         # What the forward does not read comes last: its size is not padded.
-        upload = _Upload([*read, *noise], device)
+        upload = _Upload([*read, *rest], device)
         placed = iter(upload.tensors)
     else:
         groups, upload = [], None
-        placed = map(torch.from_numpy, [*read, *noise])
-    return Batch(
+        placed = map(torch.from_numpy, [*read, *rest])
+    batch = Batch(
         input_ids=next(placed)[None],
         positions=next(placed)[None],
         slot_mapping=next(placed),
@@ -206,9 +211,13 @@ def pack(
         noise_keys=next(placed),
         noise_positions=next(placed),
         num_tokens=len(tokens),
-        num_sampled=len(sampled),
+        num_sampled=num_sampled,
         lines=lines,
     )
+    if newest and unknown:
+        rows, drawn = placed
+        batch.input_ids[0].index_copy_(0, rows, newest.tokens[drawn].clamp_(min=0))
+    return batch
 
 
 def _filled(numbers: list[int], length: int) -> np.ndarray:
@@ -256,12 +265,14 @@ class _Upload:
         """All of them, in one piece."""
         self.tensors: list[torch.Tensor] = []
         """Each of them, on the device."""
+        numbers = host.numpy()  # a tensor's slices take the host longer than what is copied
+        rooms = [_room([part]) for part in arrays]
         first = 0
-        for array in arrays:
-            end = first + array.size
-            host[first:end] = torch.from_numpy(array).flatten()
-            self.tensors.append(self.numbers[first:end].view(array.shape))
-            first += _room([array])
+        for part, room, piece in zip(arrays, rooms, self.numbers.split(rooms), strict=True):
+            numbers[first : first + part.size] = part.ravel()
+            placed = piece if part.size == room else piece[: part.size]
+            self.tensors.append(placed if part.ndim == 1 else placed.view(part.shape))
+            first += room
         self.numbers.copy_(host, non_blocking=True)
 
 
@@ -293,10 +304,10 @@ def _make_groups(lines: Lines, padding: int | None) -> list[_Group]:
         members = _group_by_length(counts.tolist())
     else:
         is_short = counts <= _MOST_SHORT
-        members = [part.tolist() for part in (np.flatnonzero(is_short), np.flatnonzero(~is_short))]
-    groups = [_group(lines, part, padding) for part in members if part]
+        members = [np.flatnonzero(is_short), np.flatnonzero(~is_short)]
+    groups = [_group(lines, part, padding) for part in members if len(part)]
     if lines.num_seconds:
-        seconds = list(range(first_second, len(lines.counts)))
+        seconds = np.arange(first_second, len(lines.counts))
         group = _group(lines, seconds, padding, least=first_second)
         groups.append(group._replace(has_own_keys=True))
     return groups
@@ -314,25 +325,27 @@ def _group_by_length(lengths: Seq[int]) -> list[list[int]]:
     return groups
 
 
-def _group(lines: Lines, members: list[int], padding: int | None, least: int = 1) -> _Group:
+def _group(
+    lines: Lines, members: Seq[int] | np.ndarray, padding: int | None, least: int = 1
+) -> _Group:
     """`least`: sequences that it is padded to at least."""
-    counts = lines.counts[members][:, None]
-    places = np.arange(counts.max())[None]
-    is_valid = places < counts
-    tables = lines.tables[members]
-    rows = np.where(is_valid, lines.starts[members][:, None] + places, -1)
-    positions = np.where(is_valid, lines.firsts[members][:, None] + places, 0)
-    if padding is None:
-        used = int(np.flatnonzero(tables.any(0)).max(initial=0)) + 1
-        valid = None if is_valid.all() else np.flatnonzero(is_valid)
-        return _Group(rows, tables[:, :used], positions, valid, has_own_keys=False)
-    num_lines, num_queries = next_power(max(len(members), least)), next_power(rows.shape[1], 2)
-    # All groups of a step have tables of one length, so that there are fewer shapes.
-    num_keys = next_power(_ceil(tables.shape[1] * padding, _KEYS)) * _KEYS
-    return _Group(
-        _padded(rows + 1, num_lines, num_queries) - 1,
-        _padded(tables, num_lines, _ceil(num_keys, padding)),
-        _padded(positions, num_lines, num_queries),
-        valid=None,
-        has_own_keys=False,
+    starts, counts, firsts, tables = (
+        x[members] for x in (lines.starts, lines.counts, lines.firsts, lines.tables)
     )
+    num_queries = int(counts.max())
+    if padding is not None:
+        num_lines = next_power(max(len(members), least))
+        num_queries = next_power(num_queries, 2)
+        # All groups of a step have tables of one length, so that there are fewer shapes.
+        num_keys = next_power(_ceil(tables.shape[1] * padding, _KEYS)) * _KEYS
+        starts, counts, firsts = (_padded(x, num_lines) for x in (starts, counts, firsts))
+        tables = _padded(tables, num_lines, _ceil(num_keys, padding))
+    places = np.arange(num_queries)
+    is_valid = places < counts[:, None]
+    rows = np.where(is_valid, starts[:, None] + places, -1)
+    positions = np.where(is_valid, firsts[:, None] + places, 0)
+    valid = None
+    if padding is None:
+        tables = tables[:, : int(np.flatnonzero(tables.any(0)).max(initial=0)) + 1]
+        valid = None if is_valid.all() else np.flatnonzero(is_valid)
+    return _Group(rows, tables, positions, valid, has_own_keys=False)

@@ -6,7 +6,7 @@ Each step: schedule -> draft -> pack -> forward -> sample -> verify -> commit ->
     word      file
     schedule  engine/scheduler.py (and block_manager.py)
     draft     engine/speculation.py -> speculative/memory_store.py -> memory.py; store.py -> ngram.py
-    pack      engine/batch.py
+    pack      engine/batch.py -> layout.py
     forward   engine/model_runner.py -> the Hugging Face model -> engine/attention.py, kv_cache.py;
               Llamas on a CPU: fused_model.py -> fused_layers.py -> kernels.py;
               on a GPU: step_graphs.py -> paged_attention.py;
@@ -20,7 +20,7 @@ Invariants
 - Every (prompt, sample_index) added comes out exactly once, finished or failed.
 - On a GPU the next step is launched before a step's tokens are learned and its completions handed
   out: the host works while the GPU does. Only drafts know of that, which come without the newest
-  tokens' counts.
+  tokens' counts. Without drafts it is launched before these tokens are known.
 - A completion is a function of weights, prompt, sampling parameters, seed, prompt id and sample
   index; everything else changes speed only.
 
@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from streaminator.config import EngineConfig, SamplingParams, SpeculatorConfig
+from streaminator.engine.admission import Admission
 from streaminator.engine.block_manager import BlockManager
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.sampler import INVALID_TOKEN, Transfer, noise_key, sample
@@ -51,6 +52,7 @@ from streaminator.sequence import (
     Prompt,
     Sequence,
     StepStats,
+    not_drawn,
 )
 from streaminator.speculative.draft_budget import DraftBudget, StepCosts
 from streaminator.speculative.speculator import Store
@@ -58,6 +60,8 @@ from streaminator.speculative.verify import Verdict, verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_PLACEHOLDER = 0  # for a token that only the device knows
 
 
 class Engine:
@@ -93,7 +97,6 @@ class Engine:
         runner.pack_weights(engine.block_size)
         self._sampling = sampling
         self._stopping = StopChecker(sampling, runner.eos_token_ids, tokenizer)
-        self._max_length = self._total_length(max_prompt_length)
         self._speculation = Speculation(
             speculator,
             is_greedy=sampling.temperature == 0,
@@ -114,8 +117,8 @@ class Engine:
                 num_top=num_top,
             )
             engine = replace(engine, stream_width=self.stream_width)
-        self._config = engine
-        cache = runner.make_cache(engine, self._max_length)
+        longest = runner.total_length(max_prompt_length, sampling.max_length)
+        cache = runner.make_cache(engine, longest)
         if self._speculation.has_budget:
             self._speculation.budget = DraftBudget(
                 step_costs
@@ -139,10 +142,19 @@ class Engine:
             start=self._start,
         )
         self._cache = cache
+        self._admission = Admission(
+            runner,
+            engine,
+            cache,
+            self.scheduler.block_manager,
+            max_length=sampling.max_length,
+            max_prompt_length=max_prompt_length,
+        )
         self._failed: list[Completion] = []
         self._overlaps = engine.overlap and runner.is_asynchronous
         self._launched: Launched | None = None
         self._collected: Collected | None = None
+        self._waited_at: float | None = None
         self.last_step: StepStats | None = None
         """Counts and times of the newest step."""
 
@@ -166,14 +178,12 @@ class Engine:
         """Queue a prompt; one that cannot run comes out as failed completions."""
         if not prompt.sample_indices:
             return
-        error = self._why_impossible(prompt)
+        error = self._admission.why_impossible(prompt)
         if error is None:
             self.scheduler.add(prompt)
             return
-        now = time.time()
-        for sample_index in prompt.sample_indices:
-            sequence = Sequence(prompt, sample_index, list(prompt.token_ids), 0, 0, now)
-            self._failed.append(self._completion(sequence, FinishReason.FAILED, error, now))
+        for index in prompt.sample_indices:
+            self._failed.append(not_drawn(prompt, index, FinishReason.FAILED, error))
 
     def run(self, prompts: Iterable[Prompt]) -> Iterator[Completion]:
         """Draw all completions of `prompts`, in the order they finish."""
@@ -188,33 +198,47 @@ class Engine:
         """Run one forward; returns the completions that ended with it.
 
         Where steps overlap it is only begun, and those come back that ended with the one before: what
-        they leave to do, here and at the caller's, is done while the GPU computes.
+        they leave to do, here and at the caller's, is done while the GPU computes. So is all else
+        where neither of the two has drafts.
 
         Out of device memory, no forward has begun: it can be called again, after `scheduler.narrow`,
         and then returns what ended before.
         """
-        if self._overlaps:
-            self._collect()
-            self._launch()
+        before = self._launched
+        if not self._overlaps:
+            self._collect(self._launch())
+        elif before and not before.drafting and self._speculation.rests_next:
+            # Each sequence gains one token, wherever it ends: the GPU need not wait for the host.
+            self._assume(before)
+            after = self._launch(before)
+            self._collect(before, after)
+            self._launched = after
         else:
-            self._launch()
-            self._collect()
+            self._launched = None
+            self._collect(before)
+            self._launched = self._launch()
         return self._finish()
 
-    def _launch(self) -> None:
-        """Begin a forward: schedule, draft, pack, and what a GPU is given to do."""
+    def _launch(self, before: Launched | None = None) -> Launched | None:
+        """Begin a forward, if there is one: schedule, draft, pack, and what a GPU is given to do.
+
+        `before`: the step whose tokens only the device knows.
+        """
         clock = StepClock(self.runner.device)
         sequences = self.scheduler.schedule()
         clock.lap("schedule")
         if not sequences:
-            return
+            return None
+        sampled = [sequence for sequence in sequences if sequence.is_sampled]
         drafting, survival = self._speculation.draft(sequences, self.scheduler.reserve_draft)
         clock.lap("draft")
         self.runner.clear(self._cache, self.scheduler.block_manager.take_handed_out())
-        batch = self.runner.pack(sequences, self._cache.block_size)
+        batch = self.runner.pack(sequences, self._cache.block_size, before and before.newest)
         clock.lap("pack")
         logits = self.runner.forward(batch, self._cache)
         clock.lap("forward")
+        if self._overlaps and not drafting:
+            logits = logits.clone()  # `Transfer.wait` may ask for them after the next forward
         drawn = sample(
             logits,
             batch.noise_keys,
@@ -223,40 +247,75 @@ class Engine:
             self._speculation.num_top,
             self.runner.sampling_kernels,
         )
-        self._launched = Launched(
+        for sequence in sequences:
+            if sequence.num_scheduled_tokens < sequence.num_uncached_tokens:
+                self._advance(sequence, 0)
+        return Launched(
             clock=clock,
-            sequences=sequences,
+            sampled=sampled,
             drafting=drafting,
             survival=survival,
             transfer=Transfer(drawn),
+            tokens=drawn.tokens,
             num_tokens=batch.num_tokens,
             num_sampled=batch.num_sampled,
             num_running=len(self.scheduler.running),
             stream_width=self.scheduler.stream_width,
             teaches_costs=self.runner.was_usual,
+            drafting_seconds=self._drafting_seconds(clock, before),
         )
 
-    def _collect(self) -> None:
-        """Wait for the tokens of the forward on its way, and go on to them: verify and commit."""
-        launched, self._launched = self._launched, None
+    def _drafting_seconds(self, clock: StepClock, before: Launched | None) -> float:
+        if not self._overlaps or self._waited_at is None:
+            return clock.seconds["seconds_draft"]
+        return 0.0 if before else time.perf_counter() - self._waited_at
+
+    def _assume(self, launched: Launched) -> None:
+        """Let each sequence go on, for the next launch, to the token that the device draws."""
+        if launched.is_assumed:
+            return
+        launched.is_assumed = True
+        for sequence in launched.sampled:
+            if sequence not in launched.void:
+                sequence.token_ids.append(_PLACEHOLDER)
+                self._advance(sequence, 0)
+
+    def _collect(self, launched: Launched | None, after: Launched | None = None) -> None:
+        """Wait for the tokens of a forward on its way, and go on to them: verify and commit.
+
+        `after`: the step that was launched before they were known.
+        """
         if launched is None:
             return
         tokens, logprobs, top_ids, top_probs = launched.transfer.wait()
+        self._waited_at = time.perf_counter()
         launched.clock.lap("sample")
-        verdicts = verify(launched.sequences, tokens, logprobs)
+        verdicts = verify(launched.sampled, tokens, logprobs)
+        if launched.void:
+            verdicts = [v for v in verdicts if v.sequence not in launched.void]
         launched.clock.lap("verify")
         gains, ended = [], []
         for verdict in verdicts:
-            before = len(verdict.sequence.token_ids)
-            reason, error = self._commit(verdict)
-            new = verdict.sequence.token_ids[before:]
+            sequence = verdict.sequence
+            if launched.is_assumed:
+                sequence.token_ids.pop()
+            before = len(sequence.token_ids)
+            reason, error = self._commit(verdict, is_assumed=launched.is_assumed)
+            new = sequence.token_ids[before:]
             if new:
                 gains.append(self._speculation.gain(verdict, new, has_ended=bool(reason)))
             if reason is not None:
-                sequence, has_failed = verdict.sequence, reason is FinishReason.FAILED
-                ends_prompt = self.scheduler.retire(sequence, has_failed=has_failed)
+                # Of a token behind the end, paged attention would never read the keys.
+                is_void = after is not None and sequence in after.sampled
+                is_spoilt = reason is FinishReason.FAILED or (is_void and not self.runner.is_paged)
+                ends_prompt = self.scheduler.retire(sequence, is_spoilt=is_spoilt)
                 ended.append(Ended(sequence, reason, error, time.time(), ends_prompt))
-        self._speculation.advance(gains, top_ids, top_probs)
+                if after is not None:
+                    after.void.add(sequence)
+        if after is not None:
+            settled = (launched.sampled[row] for row in launched.transfer.settled)
+            after.void.update(s for s in settled if s not in launched.void)
+        self._speculation.advance(gains, top_ids, top_probs, overlaps=self._overlaps)
         self._collected = Collected(
             launched,
             verdicts,
@@ -269,6 +328,8 @@ class Engine:
         launched.clock.lap("commit")
         if self._overlaps:
             self._observe(self._collected)
+        if after is not None:
+            after.clock.restart()
 
     def _finish(self) -> list[Completion]:
         """What the newest tokens leave to do: learn from them, and write down what has ended."""
@@ -278,8 +339,8 @@ class Engine:
             return finished
         self._speculation.learn()
         for end in collected.ended:
-            completion = self._completion(end.sequence, end.reason, end.error, end.at)
-            finished.append(completion)
+            text = self._stopping.text(end.sequence)
+            finished.append(end.completion(text, self._speculation.distributions(end.sequence)))
             self._speculation.finish(end.sequence, has_failed=end.reason is FinishReason.FAILED)
             if end.ends_prompt:
                 self.store.drop(end.sequence.prompt)
@@ -296,7 +357,7 @@ class Engine:
         launched, clock = collected.launched, collected.launched.clock
         self._speculation.observe_step(
             launched.num_tokens, launched.num_tokens - launched.num_sampled, collected.num_drafts,
-            collected.num_new, collected.num_accepted, clock.total, clock.seconds["seconds_draft"],
+            collected.num_new, collected.num_accepted, clock.total, launched.drafting_seconds,
             teaches_costs=launched.teaches_costs,
         )  # fmt: skip
 
@@ -322,12 +383,7 @@ class Engine:
         """Between prompts: draw with another seed, and have room for longer prompts from now on."""
         assert not self.has_work
         self._sampling = replace(self._sampling, seed=seed)
-        length = self._total_length(max_prompt_length)
-        if length > self._max_length:
-            self._max_length = length
-            num_blocks = self.runner.num_blocks(self._config, length)
-            if num_blocks > self._cache.num_blocks:
-                self._grow(num_blocks)
+        self._admission.make_room(max_prompt_length)
 
     def forget_keys(self) -> None:
         """Between prompts: the weights have changed, so that no key or value may be used again."""
@@ -335,22 +391,27 @@ class Engine:
         self.scheduler.block_manager.forget()
 
     def _start(self, prompt: Prompt, sample_index: int) -> Sequence:
-        limit = len(prompt.token_ids) + self._sampling.max_length
         sequence = Sequence(
             prompt,
             sample_index,
             list(prompt.token_ids),
             noise_key(self._sampling.seed, prompt.prompt_id, sample_index),
-            min(limit, self.runner.max_model_len or limit),
+            self.runner.total_length(len(prompt.token_ids), self._sampling.max_length),
             time.time(),
         )
         self._speculation.start(sequence)
         return sequence
 
-    def _commit(self, verdict: Verdict) -> tuple[FinishReason | None, str | None]:
+    def _advance(self, sequence: Sequence, num_accepted: int) -> None:
+        """What was scheduled of it is in the cache, and so many drafts are; the rest is not."""
+        cached = sequence.num_cached_tokens + sequence.num_scheduled_tokens
+        self.scheduler.commit(sequence, cached + num_accepted)
+
+    def _commit(
+        self, verdict: Verdict, *, is_assumed: bool
+    ) -> tuple[FinishReason | None, str | None]:
         """Add the drawn tokens, up to the one that ends the completion: why, and what went wrong."""
         sequence, drawn = verdict.sequence, verdict.drawn
-        cached = sequence.num_cached_tokens + sequence.num_scheduled_tokens
         if INVALID_TOKEN in drawn and sequence.draft:
             # A draft's keys that are not finite reach the rows before it, through the mask: see
             # what the model says without them.
@@ -362,62 +423,8 @@ class Engine:
             sequence.drafted.append(len(sequence.draft) + len(sequence.alternatives))
             sequence.accepted.append(len(drawn) - 1)
         reason, error = self._stopping.add(verdict)
-        if reason is None:
+        if reason is None and not is_assumed:
             # The keys and values of the chain's accepted part stay; a second choice's are not in the
             # cache, the newest token's are not computed yet.
-            self.scheduler.commit(sequence, cached + verdict.num_accepted)
+            self._advance(sequence, verdict.num_accepted)
         return reason, error
-
-    def _completion(
-        self, sequence: Sequence, reason: FinishReason, error: str | None, finished_at: float
-    ) -> Completion:
-        return Completion(
-            prompt=sequence.prompt,
-            sample_index=sequence.sample_index,
-            token_ids=sequence.completion_token_ids,
-            text=self._stopping.text(sequence),
-            finish_reason=reason,
-            logprobs=sequence.logprobs,
-            from_draft=sequence.from_draft,
-            drafted=sequence.drafted,
-            accepted=sequence.accepted,
-            started_at=sequence.started_at,
-            finished_at=finished_at,
-            error=error,
-            distributions=self._speculation.distributions(sequence),
-        )
-
-    def _why_impossible(self, prompt: Prompt) -> str | None:
-        num = len(prompt.token_ids)
-        limit = self.runner.max_model_len
-        if num == 0:
-            return "the prompt has no tokens"
-        if limit is not None and num >= limit:
-            return f"the prompt has {num} tokens and the model's context is {limit}"
-        if min(prompt.token_ids) < 0 or max(prompt.token_ids) >= self.runner.vocab_size:
-            return (
-                f"the prompt's tokens go from {min(prompt.token_ids)} to {max(prompt.token_ids)} "
-                f"and the model's vocabulary is {self.runner.vocab_size}: tokenizer and model do "
-                "not belong together"
-            )
-        manager = self.scheduler.block_manager
-        needed = manager.num_blocks_for(self._total_length(num)) + 1
-        if needed > manager.num_blocks:
-            if self._config.num_blocks is not None:
-                return (
-                    f"it may need {needed} KV blocks: raise --num_blocks {self._config.num_blocks}"
-                )
-            if self._config.kv_memory is not None:
-                return (
-                    f"it may need {needed} KV blocks: raise --kv_memory {self._config.kv_memory:g}"
-                )
-            self._grow(needed)
-        return None
-
-    def _total_length(self, num_prompt_tokens: int) -> int:
-        length = num_prompt_tokens + self._sampling.max_length
-        return min(length, self.runner.max_model_len or length)
-
-    def _grow(self, num_blocks: int) -> None:
-        self._cache.grow(num_blocks)
-        self.scheduler.block_manager.grow(num_blocks)

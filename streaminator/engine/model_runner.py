@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from streaminator.config import EngineConfig, ModelConfig
 from streaminator.engine.attention import NAME, LayerCall, Stream, attention
-from streaminator.engine.batch import ROW_MULTIPLE, Batch, pack
+from streaminator.engine.batch import ROW_MULTIPLE, Batch, Newest, pack
 from streaminator.engine.checkpoint import load_model
 from streaminator.engine.compile_kernels import KernelsMissingError
 from streaminator.engine.device import resolve_device, resolve_dtype
@@ -86,6 +86,11 @@ class ModelRunner:
             short = rope.get("original_max_position_embeddings")
             return short or getattr(config, "original_max_position_embeddings", limit)
         return limit
+
+    def total_length(self, num_prompt_tokens: int, max_length: int) -> int:
+        """Most tokens of a prompt and its completion of up to `max_length`, as far as the context goes."""
+        length = num_prompt_tokens + max_length
+        return min(length, self.max_model_len or length)
 
     @property
     def device_name(self) -> str:
@@ -220,7 +225,9 @@ class ModelRunner:
         if blocks and not self._fused and not self._reads_blocks(cache.block_size):
             cache.clear(blocks)
 
-    def pack(self, sequences: list[Sequence], block_size: int) -> Batch:
+    def pack(
+        self, sequences: list[Sequence], block_size: int, newest: Newest | None = None
+    ) -> Batch:
         """A step's work on the device, for `forward`."""
         return pack(
             sequences,
@@ -228,6 +235,7 @@ class ModelRunner:
             device=self.device,
             row_multiple=self.row_multiple,
             pads=self._graphs is not None and self._reads_blocks(block_size),
+            newest=newest,
         )
 
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:

@@ -85,6 +85,8 @@ class Transfer:
         """Begin it; a GPU goes on with what it was given before."""
         self._drawn: Drawn | None = drawn
         self._both: torch.Tensor | None = None
+        self.settled: list[int] = []
+        """Rows whose token the device does not know; known after `wait`."""
         if drawn.tokens.device.type == "cuda":
             # One transfer; token ids are exact in float64.
             columns = [
@@ -105,7 +107,7 @@ class Transfer:
         drawn, self._drawn, self._both = self._drawn, None, None
         if drawn is None or drawn.settle is None:
             return tokens, logprobs, top_ids, top_probs
-        rows = [row for row, token in enumerate(tokens) if token == _UNSETTLED]
+        self.settled = rows = [row for row, token in enumerate(tokens) if token == _UNSETTLED]
         if rows:
             settled = drawn.settle(torch.tensor(rows, device=drawn.tokens.device))
             for row, token, logprob in zip(rows, *(x.tolist() for x in settled), strict=True):

@@ -94,6 +94,8 @@ class Scheduler:
             sequence = self.running[index]
             index += 1
             num = sequence.num_uncached_tokens
+            if len(sequence.token_ids) == sequence.max_num_tokens:
+                num = 0  # its last token is on its way
             if self._kv_cache and num > 1:
                 # Prefill in chunks; decoding (1 token) is never held back by the budget, nor 2 after
                 # an accepted second choice, unless as many sequences as the budget has tokens run.
@@ -135,12 +137,16 @@ class Scheduler:
         """Compute a sequence's keys and values again, in blocks that nobody used."""
         self._preempt(sequence)
 
-    def retire(self, sequence: Sequence, *, has_failed: bool = False) -> bool:
-        """A completion ended: free its slot; drop the prompt, and say so, when it was the last one."""
-        self.running.remove(sequence)
+    def retire(self, sequence: Sequence, *, is_spoilt: bool = False) -> bool:
+        """A completion ended: free its slot; drop the prompt, and say so, when it was the last one.
+
+        `is_spoilt`: behind the prompt there may be keys and values that are not finite.
+        """
+        is_waiting = sequence in self._preempted
+        (self._preempted if is_waiting else self.running).remove(sequence)
         self._release(sequence)
         entry = self._open[sequence.prompt.prompt_id]
-        if has_failed:
+        if is_spoilt:
             self._drop_partial(entry)
         entry.num_in_flight -= 1
         if entry.num_in_flight:
@@ -348,7 +354,7 @@ class Scheduler:
         return False
 
     def _drop_partial(self, entry: _OpenPrompt) -> None:
-        """Give up the block that holds more than prompt: what is behind the prompt may be NaN."""
+        """Give up the block that holds more than prompt."""
         num_full = entry.num_resident_tokens // self.block_manager.block_size
         self.block_manager.free(entry.resident_blocks[num_full:])
         del entry.resident_blocks[num_full:]

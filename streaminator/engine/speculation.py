@@ -64,6 +64,11 @@ class Speculation:
             numbers=None if tokenizer is None else number_tokens(tokenizer),
         )
 
+    @property
+    def rests_next(self) -> bool:
+        """Whether it is known already that the next step does not draft."""
+        return not self._is_on or (self.budget is not None and self.budget.goes_on_resting)
+
     def start(self, sequence: Sequence) -> None:
         """A completion begins."""
         if self._is_on:
@@ -114,9 +119,17 @@ class Speculation:
         return Gain(sequence, new, rejected, rows)
 
     def advance(
-        self, gains: Seq[Gain], top_ids: NDArray[np.int64], top_probs: NDArray[np.float32]
+        self,
+        gains: Seq[Gain],
+        top_ids: NDArray[np.int64],
+        top_probs: NDArray[np.float32],
+        *,
+        overlaps: bool,
     ) -> None:
-        """Go on to what a step's sequences gained; see `Store.advance_all`."""
+        """Go on to what a step's sequences gained; see `Store.advance_all`.
+
+        Where the host `overlaps` with the device, nothing is put off: the host has time now.
+        """
         if self._config.store_distributions:
             for gain in gains:
                 ids, probs = top_ids[gain.rows].astype(np.int32), top_probs[gain.rows]
@@ -127,7 +140,7 @@ class Speculation:
             gains = [
                 gain._replace(rejected=[], rows=gain.rows[: len(gain.token_ids)]) for gain in gains
             ]
-        may_wait = self.budget is not None and self.budget.goes_on_resting
+        may_wait = not overlaps and self.budget is not None and self.budget.goes_on_resting
         self.store.advance_all(gains, top_ids, top_probs, may_wait=may_wait)
 
     def learn(self) -> None:

@@ -4,29 +4,35 @@
 Used by: `engine.Engine`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from streaminator.engine.batch import Newest
 from streaminator.engine.sampler import Transfer
 from streaminator.engine.step_clock import StepClock
-from streaminator.sequence import FinishReason, Sequence, StepStats
+from streaminator.sequence import Completion, Distributions, FinishReason, Sequence, StepStats
 from streaminator.speculative.speculator import Gain
 from streaminator.speculative.verify import Verdict, calibration
 
 
-class Launched(NamedTuple):
+@dataclass(slots=True, kw_only=True)
+class Launched:
     """A step whose forward is on its way."""
 
     clock: StepClock
-    sequences: list[Sequence]
+    sampled: list[Sequence]
+    """Those that a token is drawn for."""
     drafting: list[Sequence]
     survival: NDArray[np.float32] | None
     """[n, 2, k] of those that are `drafting`; see `speculator.Guesses`."""
     transfer: Transfer
+    tokens: torch.Tensor
+    """[R] drawn, on the device."""
     num_tokens: int
     """Packed."""
     num_sampled: int
@@ -34,6 +40,21 @@ class Launched(NamedTuple):
     num_running: int
     stream_width: int
     teaches_costs: bool
+    drafting_seconds: float
+    """What drafting has taken, and, where steps overlap, all else that the GPU waited for: without
+    drafts it would not have."""
+    is_assumed: bool = False
+    """Whether each sequence has gone on, for the launch of the next step, to a token that only the
+    device knows, and a placeholder stands for it."""
+    void: set[Sequence] = field(default_factory=set)
+    """Sequences whose rows say nothing: launched before the token before them was known, which has
+    turned out to be the last one, or another one than the device had."""
+
+    @property
+    def newest(self) -> Newest:
+        """What the next step is packed with, where this one `is_assumed`."""
+        rows = {s: row for row, s in enumerate(self.sampled) if s not in self.void}
+        return Newest(self.tokens, rows)
 
 
 class Ended(NamedTuple):
@@ -46,6 +67,25 @@ class Ended(NamedTuple):
     """Seconds since the epoch; the prompt's next one begins after that."""
     ends_prompt: bool
     """Whether it was its prompt's last one."""
+
+    def completion(self, text: str, distributions: Distributions | None) -> Completion:
+        """As it is written out."""
+        sequence = self.sequence
+        return Completion(
+            prompt=sequence.prompt,
+            sample_index=sequence.sample_index,
+            token_ids=sequence.completion_token_ids,
+            text=text,
+            finish_reason=self.reason,
+            logprobs=sequence.logprobs,
+            from_draft=sequence.from_draft,
+            drafted=sequence.drafted,
+            accepted=sequence.accepted,
+            started_at=sequence.started_at,
+            finished_at=self.at,
+            error=self.error,
+            distributions=distributions,
+        )
 
 
 @dataclass(frozen=True)

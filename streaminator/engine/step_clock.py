@@ -41,6 +41,11 @@ class StepClock:
             begun, ended = self._events
             self._charge_forward(begun.elapsed_time(ended) / 1000)
 
+    def restart(self) -> None:
+        """The step before is over only now: what this one took so far happened meanwhile."""
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
+        self._last = time.perf_counter()
+
     def _charge_forward(self, on_device: float) -> None:
         issued, waited = self.seconds["seconds_forward"], self.seconds["seconds_sample"]
         forward = min(max(issued, on_device), issued + waited)

@@ -11,7 +11,8 @@ Chances are taken times the share of what was expected of verified drafts that c
 that are chosen are more often overrated than underrated (the optimizer's curse, Smith and Winkler 2006).
 
 Drafting takes time, too. Where it lately brought less than that, the next step does without, then two,
-four, up to `_LONGEST_REST`, as long as the draft in between says the same. After the longest, a few drafts
+four, up to `_LONGEST_REST`, as long as the draft in between says the same; up to `_MOST_STEPS` where it takes
+as long as a step, as where a GPU waits for it. After the longest, a few drafts
 are verified for half of their price, since a price that nothing is bought for is not known for long; and
 where that shows that they do not pay, after two such rests, then four, up to `_MOST_RESTS`.
 
@@ -42,7 +43,9 @@ _DOUBT = 4.0  # accepted tokens, as expected, that are supposed to have been see
 _FEW = 1 / 8  # of a step's tokens may be a prompt's where its cost counts
 _FAR = 1000.0  # times the largest size measured
 _MIN_FLOOR, _MAX_FLOOR = 0.02, 0.9
-_LONGEST_REST = 16  # steps without a draft
+_LONGEST_REST = 16  # steps without a draft,
+_MOST_STEPS = 64  # or, within this, as many as take
+_SMALL = 1 / 50  # by this less time than the draft
 _MOST_RESTS = 16  # as long as that, from one look at half the price to the next
 _MARGIN = 1.1  # times their price is what drafts must bring: it is known no better
 _BOLD = 0.5  # of their price is what drafts may bring after such a rest, to see what they cost now,
@@ -186,6 +189,7 @@ class DraftBudget:
         self._gained = self._weight = 0.0
         self._took: deque[float] = deque(maxlen=_NUM_TIMED)
         self._rest = self._num_rested = 0
+        self._longest_rest = _LONGEST_REST
         # Longest rests to the next look at half the price, and from that one to the next.
         self._num_rests = self._patience = 1
         # What is compiled is compiled now, or loaded, not while a step is measured.
@@ -222,7 +226,7 @@ class DraftBudget:
         # Steps that only computed prompts gained nothing; without sequences nothing can pay.
         speed = self._tokens / self._seconds if self._tokens else num / costs(num_tokens)
         # What is never tried would never become cheaper.
-        self._num_rests -= self._rest == _LONGEST_REST
+        self._num_rests -= self._rest == self._longest_rest
         is_bold = self._num_rests == 0
         most = costs.max_tokens
         if is_bold:
@@ -289,13 +293,16 @@ class DraftBudget:
         self._tokens = _DECAY * self._tokens + gained
         self._seconds = _DECAY * self._seconds + decode + drafting
         if has_drafted:
-            self._plan_rest(drafting)
+            self._plan_rest(drafting, decode)
 
-    def _plan_rest(self, drafting: float) -> None:
-        """After a step that drafted, which takes `drafting` seconds: how many do without now."""
+    def _plan_rest(self, drafting: float, decode: float) -> None:
+        """After a step that drafted, which takes `drafting` seconds of it, and the rest `decode`: how
+        many do without now."""
         self._weight = _FORGET * self._weight + 1
         self._num_rested = 0
         if self._gained >= self._weight * drafting or self.costs.are_free:
             self._rest = 0
         else:
-            self._rest = min(max(2 * self._rest, 1), _LONGEST_REST)
+            num = int(drafting / (_SMALL * decode))
+            self._longest_rest = min(max(num, _LONGEST_REST), _MOST_STEPS)
+            self._rest = min(max(2 * self._rest, 1), self._longest_rest)

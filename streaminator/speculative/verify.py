@@ -18,7 +18,7 @@ class Verdict(NamedTuple):
 
     sequence: flight.Sequence
     drawn: list[int]
-    """Accepted drafts and one more; none where its prefill goes on."""
+    """Accepted drafts and one more."""
     logprobs: list[float]
     rows: list[int]
     """Which of the sampled rows each was drawn on."""
@@ -59,7 +59,7 @@ def verify(
     """Compare the drafts of all sequences with the tokens drawn on their rows.
 
     Args:
-        sequences: as they were packed.
+        sequences: those that a token was drawn for, as they were packed.
         tokens: drawn on each sampled row: those of the sequences, one after another, then those
             of their second choices.
         logprobs: of these tokens.
@@ -67,9 +67,6 @@ def verify(
     verdicts = []
     row = 0
     for sequence in sequences:
-        if not sequence.is_sampled:
-            verdicts.append(Verdict(sequence, [], [], [], 0, [], {}))
-            continue
         draft, beside = sequence.draft, sequence.alternatives
         num = count_accepted(tokens[row : row + 1 + len(draft)], draft)
         end = row + num + 1

@@ -162,15 +162,18 @@ def test_drafts_are_chosen_after_steps_that_gained_nothing() -> None:
     assert lengths(budget.cut(chains(likely(16)), 1, 1)) == [16]
 
 
-def steps_that_draft(budget: DraftBudget, chance: float, num_steps: int) -> list[bool]:
-    """Run steps of 8 sequences with a draft of one token each, for which drafting takes 0.1 s."""
+def steps_that_draft(
+    budget: DraftBudget, chance: float, num_steps: int, drafting: float = 0.1
+) -> list[bool]:
+    """Run steps of 8 sequences with a draft of one token each, which takes `drafting` seconds."""
     drafted = []
     for _ in range(num_steps):
         drafts = not budget.rests()
         num = int(budget.cut(chains(*[[chance]] * 8), 8, 8).sum()) if drafts else 0
         gained = 8 + chance * num
-        seconds = budget.costs(8, num) + 0.1 * drafts
-        budget.observe(8 + num, 0, num, gained, chance * num, seconds, 0.1 * drafts)
+        taken = drafting * drafts
+        seconds = budget.costs(8, num) + taken
+        budget.observe(8 + num, 0, num, gained, chance * num, seconds, taken)
         drafted.append(drafts)
     return drafted
 
@@ -187,11 +190,21 @@ def test_drafting_that_does_not_pay_for_its_time_is_left_out() -> None:
     assert sum(hardly) < 20, "what it brings is less than the time it takes"
 
 
-def test_drafting_begins_again_when_it_pays() -> None:
+@pytest.mark.parametrize("drafting", [0.1, 1.0])
+def test_drafting_begins_again_when_it_pays(drafting: float) -> None:
     budget = DraftBudget(StepCosts([8, 16], [1.0, 1.5]))
-    steps_that_draft(budget, 0.1, 100)
-    again = steps_that_draft(budget, 0.9, 100)
+    steps_that_draft(budget, 0.1, 100, drafting)
+    again = steps_that_draft(budget, 0.9, 300)
     assert all(again[-50:])
+
+
+def test_where_drafting_takes_as_long_as_a_step_it_is_tried_more_seldom() -> None:
+    """As where a GPU waits for it, and for all else that is hidden otherwise."""
+    tried = [
+        sum(steps_that_draft(DraftBudget(StepCosts([8, 16], [1.0, 1.5])), 0.1, 1000, drafting))
+        for drafting in (0.1, 1.0)
+    ]
+    assert 10 < tried[1] < tried[0] / 2
 
 
 def test_one_long_pause_of_the_machine_stops_no_drafting() -> None:

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -208,3 +208,46 @@ def test_a_completion_that_fails_on_the_way_leaves_the_next_ones_of_its_prompt_a
         completions = draw(llama, PROMPTS[2:], sampling=FREE, speculator=NO_SPECULATION)
     assert completions["p33", 0].finish_reason is FinishReason.FAILED
     assert [completions["p33", index].token_ids for index in (1, 2)] == later
+
+
+@pytest.mark.parametrize("engine", [EngineConfig(stream_width=2), EngineConfig(stream_width=8)])
+def test_not_finite_logits_of_steps_launched_ahead_fail_nobody_else(
+    llama: ModelRunner, free: Draws, engine: EngineConfig, overlapping: None
+) -> None:
+    first, *later = (free["p33", index].token_ids for index in range(3))
+    poison = next(
+        token
+        for token in first[3:-1]
+        if not any(token in text for text in (*later, PROMPTS[2].token_ids))
+    )
+    with poisoned(llama, poison):
+        completions = draw(
+            llama, PROMPTS[2:], sampling=FREE, engine=engine, speculator=NO_SPECULATION
+        )
+    failed = completions["p33", 0]
+    assert failed.finish_reason is FinishReason.FAILED
+    assert failed.token_ids == first[: first.index(poison) + 1]
+    assert [completions["p33", index].token_ids for index in (1, 2)] == later
+
+
+def test_what_is_computed_behind_an_end_reaches_no_other_completion(
+    llama: ModelRunner, free: Draws, overlapping: None
+) -> None:
+    """A step is launched before it is known that the token before it ended its completion."""
+    stop = next(
+        token
+        for token in free["p19", 0].token_ids[3:10]
+        if not any(token in prompt.token_ids for prompt in PROMPTS)
+    )
+    drawn = []
+    for is_poisoned in (False, True):
+        with poisoned(llama, stop) if is_poisoned else nullcontext():
+            drawn.append(
+                draw(
+                    llama, PROMPTS, sampling=sampling(stop_token_ids=(stop,)),
+                    speculator=NO_SPECULATION,
+                )
+            )  # fmt: skip
+    assert drawn[0]["p19", 0].finish_reason is FinishReason.STOP
+    assert tokens(drawn[1]) == tokens(drawn[0])
+    assert all(completion.error is None for completion in drawn[1].values())

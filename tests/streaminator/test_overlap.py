@@ -4,21 +4,40 @@
 A CPU computes in the order given, so what overlaps on a GPU comes one after another here.
 """
 
+import time
+from dataclasses import replace
+from itertools import count, pairwise
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from streaminator.config import EngineConfig, SamplingParams, SpeculatorConfig
+from streaminator.engine import sampler
 from streaminator.engine.engine import Engine
 from streaminator.engine.model_runner import ModelRunner
+from streaminator.engine.sampler import Transfer
 from streaminator.sequence import Completion
-from tests.fakes import ENGINES, draw, make_engine, make_prompt, random_tokens, tokens
+from streaminator.speculative.draft_budget import StepCosts
+from tests.fakes import (
+    ENGINES,
+    NO_SPECULATION,
+    TOKENIZER,
+    VOCAB_SIZE,
+    drain,
+    draw,
+    make_engine,
+    make_prompt,
+    random_tokens,
+    tokens,
+)
 
 pytestmark = pytest.mark.usefixtures("overlapping")
 
 SAMPLING = SamplingParams(temperature=0.8, max_length=20)
 SPECULATORS = {
-    "off": SpeculatorConfig(spec_decoding=False),
+    "off": NO_SPECULATION,
     "ngram": SpeculatorConfig(speculator="ngram", num_speculative_tokens=4),
     "memory": SpeculatorConfig(),
     "memory that keeps what the model gave": SpeculatorConfig(store_distributions=True),
@@ -54,16 +73,109 @@ def test_overlapping_steps_change_no_token(
             assert len(completion.distributions.top_ids) == len(completion.token_ids)
 
 
+FULL = StepCosts([1, 512], [1e-3, 1e3])
+"""A draft never pays."""
+
+
+def test_without_drafts_a_step_is_launched_before_the_tokens_of_the_last_one_are_known(
+    llama: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llama, sampling=SAMPLING, speculator=NO_SPECULATION)
+    engine.add(make_prompt("p", (1, 2, 3)))
+    seen = watch(engine, monkeypatch)
+    while engine.has_work:
+        seen.extend("out" for _ in engine.step())
+    assert forwards_and_waits(seen)[:6] == [
+        "forward",
+        "forward",
+        "wait",
+        "forward",
+        "wait",
+        "forward",
+    ]
+    # The last token's place is known: nothing is launched behind it.
+    assert seen.count("forward") == seen.count("wait") == SAMPLING.max_length
+    assert seen[-1] == "out"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0},
+        {"top_p": 0.95},
+        {"stop_token_ids": tuple(range(1, VOCAB_SIZE, 9))},
+        {"stop": ("a",)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        EngineConfig(stream_width=3),
+        EngineConfig(stream_width=3, kv_cache=False),
+        EngineConfig(stream_width=3, continuous_batching=False),
+        EngineConfig(stream_width=4, num_blocks=7),
+        EngineConfig(stream_width=8, in_flight_per_prompt=3, num_blocks=10),
+    ],
+    ids=["width3", "no_cache", "static", "few_blocks", "siblings"],
+)
+def test_wherever_completions_end_steps_launched_ahead_change_no_token(
+    llama: ModelRunner, changes: dict, engine: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = replace(SAMPLING, **changes)
+    # Of few candidates many tokens are none, and the device does not know these.
+    monkeypatch.setattr(sampler, "NUM_CANDIDATES", 4)
+    monkeypatch.setattr(llama, "sampling_kernels", None)
+    settled: list[int] = []
+    wait = Transfer.wait
+
+    def count(transfer: Transfer) -> object:
+        drawn = wait(transfer)
+        settled.extend(transfer.settled)
+        return drawn
+
+    monkeypatch.setattr(Transfer, "wait", count)
+    drawn = [
+        draw(
+            llama, PROMPTS, sampling=params, engine=config, speculator=NO_SPECULATION,
+            tokenizer=TOKENIZER,
+        )
+        for config in (engine, replace(engine, overlap=False))
+    ]  # fmt: skip
+    assert tokens(drawn[0]) == tokens(drawn[1])
+    for key, completion in drawn[0].items():
+        other = drawn[1][key]
+        assert completion.text == other.text
+        assert completion.logprobs == other.logprobs
+        assert completion.finish_reason == other.finish_reason
+    assert bool(settled) == (params.temperature > 0)
+
+
+@pytest.mark.parametrize("speculator", ["off", "memory"])
+def test_a_stream_that_rests_from_drafting_changes_no_token(
+    llama: ModelRunner, in_turn, speculator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SPECULATORS[speculator]
+    engine = make_engine(llama, sampling=SAMPLING, speculator=config, step_costs=FULL)
+    seen = watch(engine, monkeypatch)
+    drawn = drain(engine, PROMPTS)
+    assert tokens(drawn) == tokens(in_turn[speculator])
+    is_ahead = [pair == ("forward", "forward") for pair in pairwise(forwards_and_waits(seen))]
+    assert any(is_ahead)
+
+
 @settings(
     max_examples=15, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
-@given(engine=ENGINES)
+@given(engine=ENGINES, speculator=st.sampled_from(["off", "memory"]))
 def test_a_narrow_stream_or_one_short_of_memory_changes_no_token(
-    llama: ModelRunner, in_turn, engine: EngineConfig
+    llama: ModelRunner, in_turn, engine: EngineConfig, speculator: str
 ) -> None:
-    drawn = draw(llama, PROMPTS, sampling=SAMPLING, engine=engine, speculator=SPECULATORS["memory"])
-    assert tokens(drawn) == tokens(in_turn["memory"])
+    config = SPECULATORS[speculator]
+    drawn = draw(llama, PROMPTS, sampling=SAMPLING, engine=engine, speculator=config)
+    assert tokens(drawn) == tokens(in_turn[speculator])
 
 
 def watch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -80,9 +192,14 @@ def watch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(owner, name, note)
 
     noted(engine.runner, "forward", "forward")
+    noted(Transfer, "wait", "wait")
     noted(engine.store, "learn_all", "learn")
     noted(engine.store, "finish", "finish")
     return seen
+
+
+def forwards_and_waits(seen: list[str]) -> list[str]:
+    return [word for word in seen if word in ("forward", "wait")]
 
 
 def test_a_step_is_learned_and_completions_come_out_after_the_next_forward_has_begun(
@@ -94,7 +211,7 @@ def test_a_step_is_learned_and_completions_come_out_after_the_next_forward_has_b
     seen = watch(engine, monkeypatch)
     while engine.has_work:
         seen.extend("out" for _ in engine.step())
-    assert seen[:4] == ["forward", "forward", "learn", "forward"]
+    assert seen[:6] == ["forward", "wait", "forward", "learn", "wait", "forward"]
     # Each completion's end is learned, and it comes out, behind the first forward of the next one.
     places = [index for index, word in enumerate(seen) if word == "finish"]
     assert len(places) == seen.count("out") == 3
@@ -116,14 +233,20 @@ def test_with_no_overlap_a_step_is_learned_before_the_next_one(
     seen = watch(engine, monkeypatch)
     engine.step()
     engine.step()
-    assert seen == ["forward", "learn"] * 2
+    assert seen == ["forward", "wait", "learn"] * 2
 
 
+@pytest.mark.parametrize("speculator", ["ngram", "off"])
 def test_what_ended_before_memory_ran_out_comes_out_and_is_not_given_up_before(
-    llama: ModelRunner, monkeypatch: pytest.MonkeyPatch
+    llama: ModelRunner, speculator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = draw(llama, PROMPTS, sampling=SAMPLING)
-    engine = make_engine(llama, sampling=SAMPLING, engine=EngineConfig(stream_width=4))
+    engine = make_engine(
+        llama,
+        sampling=SAMPLING,
+        engine=EngineConfig(stream_width=4, max_batched_tokens=16),
+        speculator=SPECULATORS[speculator],
+    )
     for prompt in PROMPTS:
         engine.add(prompt)
     drawn = []
@@ -155,3 +278,32 @@ def test_what_ended_before_memory_ran_out_comes_out_and_is_not_given_up_before(
     for completion in drawn:
         key = completion.prompt.prompt_id, completion.sample_index
         assert completion.token_ids == expected[key].token_ids
+
+
+def test_the_draft_budget_is_told_what_the_gpu_waited_for(
+    llama: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verifying, packing and the rest would be hidden behind a forward if nothing were drafted."""
+    ticks = count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+
+    def third_draft(*, overlap: bool) -> float:
+        told: list[float] = []
+        engine = make_engine(
+            llama,
+            sampling=SAMPLING,
+            engine=EngineConfig(stream_width=4, overlap=overlap),
+            speculator=SpeculatorConfig(),
+        )
+        observe = engine._speculation.observe_step
+
+        def note(*args: float, **kwargs: bool) -> None:
+            told.append(args[6])
+            observe(*args, **kwargs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(engine._speculation, "observe_step", note)
+        drain(engine, PROMPTS)
+        return told[2]
+
+    assert third_draft(overlap=False) == 1, "the phase of drafting alone"
+    assert third_draft(overlap=True) > 4, "and schedule, pack, verify and commit"

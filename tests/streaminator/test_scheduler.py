@@ -161,6 +161,18 @@ def test_a_preempted_completion_keeps_its_tokens_and_comes_back() -> None:
     assert sorted(simulation.started) == [(f"p{i}", 0) for i in range(3)], "started twice"
 
 
+def test_a_completion_that_lost_its_blocks_while_its_last_token_was_on_its_way_ends() -> None:
+    simulation = Simulation(num_blocks=13, stream_width=3)
+    simulation.add([prompt(f"p{i}", 50, 2, 100 * i) for i in range(3)])
+    while not simulation.num_preempted:
+        simulation.step(max_draft=0, chance_to_end=0)
+    [sequence] = simulation.scheduler._preempted
+    simulation.scheduler.retire(sequence)
+    simulation.retired.append((sequence.prompt.prompt_id, sequence.sample_index))
+    simulation.scheduler.check_integrity()
+    simulation.run()
+
+
 def test_the_youngest_is_preempted_and_the_oldest_never() -> None:
     simulation = Simulation(num_blocks=13, stream_width=3)
     simulation.add([prompt(f"p{i}", 50, 1, 100 * i) for i in range(3)])

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from streaminator.config import EngineConfig, ModelConfig, SamplingParams, SpeculatorConfig
-from streaminator.engine import step_graphs
+from streaminator.engine import sampler, step_graphs
 from streaminator.engine.batch import Batch
 from streaminator.engine.kv_cache import KVCache
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.paged_attention import has_triton
+from streaminator.engine.sampler import Transfer
 from streaminator.engine.step_graphs import MEETINGS_TO_REPLACE, StepGraphs, Work
 from streaminator.sequence import Prompt, Sequence
 from tests.fakes import (
@@ -108,6 +109,33 @@ def test_replayed_steps_draw_the_same(head_dim: int, tmp_path: Path) -> None:
     assert tokens(drawn) == {key: expected[key] for key in drawn}
     assert len(drawn) >= 4
     assert sum(sum(completion.accepted) for completion in drawn.values()) > 0
+    assert captures.num_replayed > captures.num_captured > 0
+
+
+def test_replayed_steps_that_are_launched_ahead_draw_the_same(
+    folder: Path, overlapping: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is drawn from a step's logits may be asked for when the next step has written its own."""
+    # Of few candidates many tokens are none.
+    monkeypatch.setattr(sampler, "NUM_CANDIDATES", 4)
+    expected = draw_alone(folder)
+    captures = Captures()
+    runner = paged_runner(folder, captures)
+    settled: list[int] = []
+    wait = Transfer.wait
+
+    def count(transfer: Transfer) -> object:
+        drawn = wait(transfer)
+        settled.extend(transfer.settled)
+        return drawn
+
+    monkeypatch.setattr(Transfer, "wait", count)
+    drawn = draw(runner, SHORT, sampling=SAMPLING, engine=STREAM, speculator=NO_SPECULATION)
+    assert tokens(drawn) == {key: ids for key, ids in tokens(expected).items() if key in drawn}
+    for key, completion in drawn.items():
+        assert completion.logprobs == pytest.approx(expected[key].logprobs, abs=1e-4)
+    assert settled
+    assert runner.sampling_kernels is not None
     assert captures.num_replayed > captures.num_captured > 0
 
 
