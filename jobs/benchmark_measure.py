@@ -50,11 +50,13 @@ def measure(programs: Sequence[Program], load: Load, draw: Draw, *, repeats: int
 
         short = _warm_up(draw, load.stream_width)
         for program in programs:
-            # One after another: while it compiles, an engine may need more memory than later.
             client = Client(program, replace(load, engine=program.name))
             clients[program.name] = stack.enter_context(client)
+        for program in programs:
+            # One after another: while it compiles, an engine may need more memory than later.
+            client = clients[program.name]
             try:
-                measured.versions[program.name] = client.wait_until_ready()
+                measured.versions[program.name] = client.load()
                 client.draw(short, _LEAST_LIMIT)
             except EngineFailedError as error:
                 fail(program, error)

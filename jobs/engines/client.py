@@ -28,7 +28,7 @@ class EngineFailedError(StreaminatorError, RuntimeError):
 
 
 class Client:
-    """An engine in a process of its own, which loads as soon as it is started."""
+    """An engine in a process of its own, which imports what it needs as soon as it is started."""
 
     def __init__(self, program: Program, load: Load) -> None:
         self.program = program
@@ -45,7 +45,7 @@ class Client:
             stderr=self._log,
         )
         self._buffer = b""
-        self._send({"load": asdict(load)})
+        self._what = load
 
     def __enter__(self) -> "Client":
         return self
@@ -68,8 +68,9 @@ class Client:
         self._process.stdout.close()
         self._log.close()
 
-    def wait_until_ready(self) -> dict[str, str]:
-        """The versions it runs with. Raises: EngineFailedError."""
+    def load(self) -> dict[str, str]:
+        """Let it load the model; returns the versions it runs with. Raises: EngineFailedError."""
+        self._send({"load": asdict(self._what)})
         return self._answer("ready", _LOAD_LIMIT)
 
     def draw(self, draw: Draw, limit: float) -> Run:

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -40,6 +42,20 @@ with SamplerPool(JobConfig(model=ModelConfig(device="cpu"))): ...
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef"}
 
 
+@pytest.mark.parametrize("program", OWN.values(), ids=OWN)
+def test_the_traces_of_a_dead_cluster_are_not_followed(program):
+    # Short: the names of sockets in it may have 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        traces = Path(folder) / "ray" / "ray_current_cluster"
+        traces.parent.mkdir()
+        traces.write_text("127.0.0.1:1")
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"RAY_TMPDIR": folder}, cwd=ROOT, timeout=300, capture_output=True, text=True,
+        )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
     """The address of a Ray of another process, with a token of its own; it ends with this process."""
@@ -55,70 +71,81 @@ def head() -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
-def refuse(tmp_path) -> Callable[..., None]:
-    def refused(words: str, *flags: str, version: str = "", **variables: str) -> None:
-        command = [sys.executable, "-c", JOB, version, "--output", str(tmp_path), *flags]
-        environment = os.environ | TOKEN | variables
-        result = subprocess.run(
-            command, env=environment, cwd=ROOT, timeout=300, capture_output=True, text=True
-        )
-        assert (result.returncode, result.stdout) == (2, ""), result.stderr
-        ours = [line for line in result.stderr.splitlines() if line.startswith("job: ")]
-        assert len(ours) == 1
-        assert words in ours[0], ours[0]
-        assert "Traceback" not in result.stderr
-
-    return refused
-
-
-def test_an_address_where_nobody_is_is_refused(refuse):
-    refuse("--address 127.0.0.1:1: no Ray answers there", "--address", "127.0.0.1:1")
-    refuse("--address 127.0.0.1:1: no Ray answers there", RAY_ADDRESS="127.0.0.1:1")
-    refuse("--address is empty", "--address", "")
-
-
-@pytest.mark.parametrize("program", OWN.values(), ids=OWN)
-def test_the_traces_of_a_dead_cluster_are_not_followed(program):
-    # Short: the names of sockets in it may have 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        traces = Path(folder) / "ray" / "ray_current_cluster"
-        traces.parent.mkdir()
-        traces.write_text("127.0.0.1:1")
-        result = subprocess.run(
-            [sys.executable, "-c", program],
-            env=os.environ | {"RAY_TMPDIR": folder}, cwd=ROOT, timeout=300, capture_output=True, text=True,
-        )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-
-
 class Page(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
 
-def test_the_address_of_a_web_page_is_refused_at_once(refuse):
+class Refused(NamedTuple):
+    """A job that nobody can run, and what it says; {head} and {page} stand for addresses."""
+
+    words: str
+    flags: str = ""
+    version: str = ""
+    variables: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
+
+
+PYTHON = ".".join(map(str, sys.version_info[:3]))
+NOBODY = "--address 127.0.0.1:1: no Ray answers there"
+REFUSED = {
+    "another token": Refused(
+        "RAY_AUTH_TOKEN_PATH",
+        "--address {head}",
+        variables={"RAY_AUTH_TOKEN": TOKEN["RAY_AUTH_TOKEN"][::-1]},
+    ),
+    "nobody": Refused(NOBODY, "--address 127.0.0.1:1"),
+    "nobody, by a variable": Refused(NOBODY, variables={"RAY_ADDRESS": "127.0.0.1:1"}),
+    "nothing": Refused("--address is empty", "--address="),
+    "a web page": Refused("a web server, the dashboard?", "--address {page}"),
+    # The check is Ray's own, of what the head recorded.
+    "another Ray": Refused(
+        f"and Python {PYTHON}, this process Ray 2.1.0 and Python {PYTHON}",
+        "--address {head}",
+        version="2.1.0",
+    ),
+    "no GPUs": Refused(
+        "room for 0 (1 CPU cores, 0 GPUs)", "--address {head} --device cuda --num_workers 2"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[str]:
+    """The address of a web server that answers once."""
     server = http.server.HTTPServer(("127.0.0.1", 0), Page)
     server.timeout = 60
     thread = threading.Thread(target=server.handle_request)
     thread.start()
-    refuse("a web server, the dashboard?", "--address", f"127.0.0.1:{server.server_port}")
+    yield f"127.0.0.1:{server.server_port}"
     thread.join()
     server.server_close()
 
 
-def test_a_cluster_of_another_ray_or_python_is_refused_with_both(head, refuse):
-    """The check is Ray's own, of what the head recorded."""
-    python = ".".join(map(str, sys.version_info[:3]))
-    words = f"and Python {python}, this process Ray 2.1.0 and Python {python}"
-    refuse(words, "--address", head, version="2.1.0")
+@pytest.fixture(scope="module")
+def runs(
+    head: str, page: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, "Future[subprocess.CompletedProcess[str]]"]]:
+    """All of them, three at a time: they wait more than they work."""
+    output = str(tmp_path_factory.mktemp("output"))
+
+    def run(job: Refused) -> "subprocess.CompletedProcess[str]":
+        flags = job.flags.format(head=head, page=page).split()
+        return subprocess.run(
+            [sys.executable, "-c", JOB, job.version, "--output", output, *flags],
+            env=os.environ | TOKEN | job.variables, cwd=ROOT, timeout=300, capture_output=True, text=True,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(3) as pool:
+        yield {name: pool.submit(run, job) for name, job in REFUSED.items()}
 
 
-def test_a_cluster_without_the_gpus_says_what_it_has(head, refuse):
-    flags = ["--address", head, "--device", "cuda", "--num_workers", "2"]
-    refuse("room for 0 (1 CPU cores, 0 GPUs)", *flags)
-
-
-def test_a_cluster_that_wants_another_token_is_refused_and_says_how_to_give_it(head, refuse):
-    other = TOKEN["RAY_AUTH_TOKEN"][::-1]
-    refuse("RAY_AUTH_TOKEN_PATH", "--address", head, RAY_AUTH_TOKEN=other)
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_cluster_that_is_of_no_use_is_refused_in_one_line(
+    name: str, runs: dict[str, "Future[subprocess.CompletedProcess[str]]"]
+) -> None:
+    result = runs[name].result()
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    ours = [line for line in result.stderr.splitlines() if line.startswith("job: ")]
+    assert len(ours) == 1
+    assert REFUSED[name].words in ours[0], ours[0]
+    assert "Traceback" not in result.stderr

@@ -91,7 +91,7 @@ def test_an_engine_draws_what_the_model_says(tmp_path, name):
     with Client(
         program, Load(**{f: getattr(load, f) for f in load.__slots__} | {"engine": name})
     ) as client:
-        assert set(client.wait_until_ready()) >= {"torch", "transformers"}
+        assert set(client.load()) >= {"torch", "transformers"}
         first, second = (client.draw(draw, 300) for _ in range(2))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     verdict = Checker(model, SamplingParams(temperature=0.0), [], "float64").check(
@@ -217,7 +217,7 @@ def test_an_engine_that_ends_is_quoted(tmp_path, program, message):
         Client(Program("broken", (sys.executable, str(path)), {}), make_load(tmp_path)) as client,
         pytest.raises(EngineFailedError, match=message),
     ):
-        client.wait_until_ready()
+        client.load()
 
 
 def test_text_of_another_temperature_is_not_the_models(tmp_path):
