@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile Python's loops over NumPy's arrays.
 
-Used by: `engine.batch`, all compiled loops of the memory, `draft_choice`.
+Used by: `engine.layout`, all compiled loops of the memory, `draft_choice`.
 """
 
 from collections.abc import Callable

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from streaminator.config import EngineConfig, ModelConfig, SamplingParams, Specu
 from streaminator.engine.block_manager import NULL_BLOCK, BlockManager
 from streaminator.engine.engine import Engine
 from streaminator.engine.model_runner import ModelRunner
-from streaminator.engine.sampler import Drawn, to_host
+from streaminator.engine.sampler import Drawn, Transfer, to_host
 from streaminator.engine.scheduler import Scheduler
 from streaminator.sequence import Completion, Prompt
 from streaminator.sequence import Sequence as Flying
@@ -207,6 +208,20 @@ def make_engine(
         max_prompt_length=max_prompt_length,
         step_costs=step_costs or StepCosts.free(),
     )
+
+
+def late_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows whose tokens, from now on, are drawn only when they are read."""
+    rows: list[int] = []
+    wait = Transfer.wait
+
+    def note(transfer: Transfer) -> object:
+        drawn = wait(transfer)
+        rows.extend(transfer.settled)
+        return drawn
+
+    monkeypatch.setattr(Transfer, "wait", note)
+    return rows
 
 
 def drain(engine: Engine, prompts: Iterable[Prompt]) -> dict[tuple[str, int], Completion]:

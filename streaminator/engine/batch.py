@@ -152,6 +152,8 @@ def pack(
         tokens += known[first : first + num]
         tokens += draft
         blocks.extend(table)
+        # What lays them out looks at no bounds.
+        assert first + num + len(draft) <= len(table) * block_size, "tokens without a block"
         is_sampled = first + num == len(known)
         facts += (
             first, num, len(draft), len(known), sequence.num_prompt_tokens, sequence.noise_key,

@@ -201,8 +201,8 @@ class Engine:
         they leave to do, here and at the caller's, is done while the GPU computes. So is all else
         where neither of the two has drafts.
 
-        Out of device memory, no forward has begun: it can be called again, after `scheduler.narrow`,
-        and then returns what ended before.
+        Out of device memory, nothing is taken in that this call has begun: it can be called again, after
+        `scheduler.narrow`, and then returns what ended before.
         """
         before = self._launched
         if not self._overlaps:
@@ -212,10 +212,11 @@ class Engine:
             self._assume(before)
             after = self._launch(before)
             self._collect(before, after)
-            self._launched = after
+            # After the very last token its rows are void, all of them.
+            self._launched = after if self.scheduler.num_open_prompts else None
         else:
-            self._launched = None
             self._collect(before)
+            self._launched = None
             self._launched = self._launch()
         return self._finish()
 
@@ -235,10 +236,9 @@ class Engine:
         self.runner.clear(self._cache, self.scheduler.block_manager.take_handed_out())
         batch = self.runner.pack(sequences, self._cache.block_size, before and before.newest)
         clock.lap("pack")
+        drafting_seconds = self._drafting_seconds(clock, before)
         logits = self.runner.forward(batch, self._cache)
         clock.lap("forward")
-        if self._overlaps and not drafting:
-            logits = logits.clone()  # `Transfer.wait` may ask for them after the next forward
         drawn = sample(
             logits,
             batch.noise_keys,
@@ -262,7 +262,7 @@ class Engine:
             num_running=len(self.scheduler.running),
             stream_width=self.scheduler.stream_width,
             teaches_costs=self.runner.was_usual,
-            drafting_seconds=self._drafting_seconds(clock, before),
+            drafting_seconds=drafting_seconds,
         )
 
     def _drafting_seconds(self, clock: StepClock, before: Launched | None) -> float:
@@ -286,6 +286,7 @@ class Engine:
         `after`: the step that was launched before they were known.
         """
         if launched is None:
+            self._waited_at = None
             return
         tokens, logprobs, top_ids, top_probs = launched.transfer.wait()
         self._waited_at = time.perf_counter()

@@ -16,13 +16,15 @@ import torch
 from streaminator.config import SamplingParams
 from streaminator.engine.batch import next_power
 from streaminator.engine.device import on_device
-from streaminator.engine.sampler import Drawn, draw_rest, sample, to_host
+from streaminator.engine.sampler import Drawn, sample, to_host
 from streaminator.errors import kind_and_line
 
 _GROUP = 64
 """Tokens whose maximum is looked for first."""
 _GROUPS = 64
 """In a piece of a row; as many as there are candidates at most."""
+_BLOCK = 2048
+"""Tokens of a row that are looked at together where none of the candidates is drawn."""
 _TRIED_ROWS = 64
 
 
@@ -47,7 +49,7 @@ class GpuSampling:
         num_candidates: int,
         num_top: int,
     ) -> Drawn:
-        """Draw a token for each row; those that are none of the candidates' take `settle`.
+        """Draw a token for each row.
 
         Args:
             logits: [R, V].
@@ -57,10 +59,11 @@ class GpuSampling:
             num_candidates: C, at most 64, and V.
             num_top: M, at most C.
         """
-        logits = logits.contiguous()
+        logits, keys, positions = (x.contiguous() for x in (logits, keys, positions))
         num_rows, size = logits.shape
         num_pieces = -(-size // (_GROUPS * _GROUP))
         is_greedy = temperature == 0
+        has_rest = not is_greedy and num_candidates < size
         kernels = _kernels()
         with on_device(logits.device):
             groups = keys.new_empty(num_rows, num_pieces * _GROUPS)
@@ -84,23 +87,17 @@ class GpuSampling:
             top_probs = tops.new_empty(num_rows, num_top)
             kernels.draw[(num_rows,)](
                 tokens, logprobs, log_totals, top_ids, top_probs, candidates, tops, totals,
-                keys.contiguous(), positions.contiguous(), warmth, num_top, num_pieces,
+                keys, positions, warmth, num_top, num_pieces,
                 C=num_candidates, C_PADDED=next_power(num_candidates),
                 P_PADDED=next_power(num_pieces), IS_GREEDY=is_greedy,
-                HAS_REST=num_candidates < size, num_warps=1,
+                HAS_REST=has_rest, num_warps=1,
             )  # fmt: skip
-        if is_greedy or num_candidates == size:
-            return Drawn(tokens, logprobs, top_ids, top_probs)
-
-        def settle(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            values = logits[rows].float()
-            ids = 2**32 - 1 - (candidates[rows] & (2**32 - 1))
-            scaled = values / values.new_full((), temperature)
-            tokens = draw_rest(scaled, ids, keys[rows], positions[rows])
-            chosen = values.gather(-1, tokens[:, None])[:, 0]
-            return tokens, (chosen.double() - log_totals[rows]).float()
-
-        return Drawn(tokens, logprobs, top_ids, top_probs, settle)
+            if has_rest:
+                kernels.settle[(num_rows,)](
+                    tokens, logprobs, log_totals, candidates, logits, keys, positions, size, warmth,
+                    C=num_candidates, BLOCK=_BLOCK, num_warps=8,
+                )  # fmt: skip
+        return Drawn(tokens, logprobs, top_ids, top_probs)
 
     @torch.inference_mode()
     def why_not(self, size: int, device: torch.device) -> str | None:

@@ -115,7 +115,8 @@ class KVCache:
                 for block in blocks:
                     piece[:, block].zero_()
             return
-        index = torch.tensor(blocks, dtype=torch.int64).to(self._options["device"])
+        index = torch.tensor(blocks, dtype=torch.int64, pin_memory=True)
+        index = index.to(self._options["device"], non_blocking=True)
         for piece in self._pieces:
             piece.index_fill_(1, index, 0)
 

@@ -102,21 +102,20 @@ class Transfer:
 
     def wait(self) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
         """Tokens, log-probabilities, most likely tokens and their probabilities, all settled; once."""
-        tokens, logprobs, top_ids, top_probs = self._read()
-        # Logits are large, and whoever asked may stay for longer.
-        drawn, self._drawn, self._both = self._drawn, None, None
-        if drawn is None or drawn.settle is None:
-            return tokens, logprobs, top_ids, top_probs
-        self.settled = rows = [row for row, token in enumerate(tokens) if token == _UNSETTLED]
-        if rows:
-            settled = drawn.settle(torch.tensor(rows, device=drawn.tokens.device))
-            for row, token, logprob in zip(rows, *(x.tolist() for x in settled), strict=True):
-                tokens[row], logprobs[row] = token, logprob
-        return tokens, logprobs, top_ids, top_probs
-
-    def _read(self) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
         drawn = self._drawn
         assert drawn is not None, "waited for before"
+        tokens, logprobs, top_ids, top_probs = self._read(drawn)
+        if drawn.settle is not None:
+            self.settled = rows = [row for row, token in enumerate(tokens) if token == _UNSETTLED]
+            if rows:
+                settled = drawn.settle(torch.tensor(rows, device=drawn.tokens.device))
+                for row, token, logprob in zip(rows, *(x.tolist() for x in settled), strict=True):
+                    tokens[row], logprobs[row] = token, logprob
+        # Logits are large, and whoever asked may stay for longer. Where memory ran out, ask again.
+        self._drawn = self._both = None
+        return tokens, logprobs, top_ids, top_probs
+
+    def _read(self, drawn: Drawn) -> tuple[list[int], list[float], np.ndarray, np.ndarray]:
         if self._both is None:
             tops = drawn.top_ids.numpy(), drawn.top_probs.numpy()
             return drawn.tokens.tolist(), drawn.logprobs.tolist(), *tops
@@ -183,7 +182,9 @@ def sample(
                 num_top=num_top,
             )
         )
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    # Copied: `settle` may be asked when the next forward has written its own.
+    kind = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    logits = logits.to(kind, copy=True)
     log_total = logits.logsumexp(-1)
     if is_greedy:
         tokens = logits.argmax(-1)

@@ -23,6 +23,7 @@ _LOW = tl.constexpr(2**32 - 1)
 _INVALID = tl.constexpr(-1)
 _UNSETTLED = tl.constexpr(-2)
 _REST = tl.constexpr(-1)
+_WITHIN_REST = tl.constexpr(-2)
 
 
 @triton.jit
@@ -104,10 +105,20 @@ def _mix(x):
 
 
 @triton.jit
-def _gumbel(row_key, token):
+def _row_key(noise_keys, positions, row):
+    step = tl.load(positions + row).to(tl.uint64) * 0x9E3779B97F4A7C15
+    return _mix(tl.load(noise_keys + row).to(tl.uint64) + step)
+
+
+@triton.jit
+def _uniform(row_key, token):
     bits = _mix(row_key + (token + 2).to(tl.uint64) * 0xD1342543DE82EF95)
-    uniform = ((bits >> 12).to(tl.float64) + 0.5) * 2.0**-52
-    return -tl.log(-tl.log(uniform))
+    return ((bits >> 12).to(tl.float64) + 0.5) * 2.0**-52
+
+
+@triton.jit
+def _gumbel(row_key, token):
+    return -tl.log(-tl.log(_uniform(row_key, token)))
 
 
 @triton.jit
@@ -163,8 +174,7 @@ def draw(
         log_sum = _log_sum(tl.div_rn(most, temperature), totals + place, top, mask)
         scaled = tl.div_rn(value, temperature).to(tl.float64) - top.to(tl.float64) - log_sum
         probs = tl.where(is_one, tl.exp(scaled), 0.0)
-        step = tl.load(positions + row).to(tl.uint64) * 0x9E3779B97F4A7C15
-        row_key = _mix(tl.load(noise_keys + row).to(tl.uint64) + step)
+        row_key = _row_key(noise_keys, positions, row)
         scores = tl.where(is_one, scaled + _gumbel(row_key, token), float("-inf"))
         best = tl.argmax(scores, 0)
         drawn = tl.sum(tl.where(c == best, token, 0), 0)
@@ -180,3 +190,52 @@ def draw(
     is_top = c < num_top
     tl.store(top_ids + row * num_top + c, token, mask=is_top)
     tl.store(top_probs + row * num_top + c, probs, mask=is_top)
+
+
+@triton.jit
+def _rest_of(logits, row, start, size, temperature, top, last, BLOCK: tl.constexpr):
+    """Tokens from `start` on, and their exp(x - top), but 0 for candidates, whose keys reach `last`."""
+    token = start + tl.arange(0, BLOCK)
+    x = tl.load(logits + row * size + token, mask=token < size, other=float("-inf")).to(tl.float32)
+    mass = tl.exp((tl.div_rn(x, temperature) - top).to(tl.float64))
+    return token, tl.where((token < size) & (_key(x, token) < last), mass, 0.0)
+
+
+@triton.jit
+def settle(
+    tokens,  # [R]
+    logprobs,  # [R] float32
+    log_totals,  # [R] float64
+    candidates,  # [R, C] keys, largest first
+    logits,  # [R, V]
+    noise_keys,  # [R]
+    positions,  # [R]
+    size,
+    temperature,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Tokens that are none of the candidates, as `sampler.draw_rest` draws them. Grid: (R,)."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(tokens + row) == _UNSETTLED:
+        best = tl.load(candidates + row * C)
+        last = tl.load(candidates + row * C + C - 1)
+        top = tl.div_rn(_value_of(best), temperature)
+        total = tl.full([], 0.0, tl.float64)
+        for start in range(0, size, BLOCK):
+            _, mass = _rest_of(logits, row, start, size, temperature, top, last, BLOCK)
+            total += tl.sum(mass, 0)
+        row_key = _row_key(noise_keys, positions, row)
+        wanted = _uniform(row_key, tl.full([], _WITHIN_REST, tl.int64)) * total
+        drawn = tl.full([], 0, tl.int64) + size - 1
+        before = tl.full([], 0.0, tl.float64)
+        for start in range(0, size, BLOCK):
+            token, mass = _rest_of(logits, row, start, size, temperature, top, last, BLOCK)
+            is_past = before + tl.cumsum(mass, 0) > wanted
+            drawn = tl.minimum(drawn, tl.min(tl.where(is_past, token, size - 1), 0).to(tl.int64))
+            before += tl.sum(mass, 0)
+        # Rounding may have let a rest win that has no mass.
+        drawn = tl.where(total > 0, drawn, _index_of(best))
+        chosen = tl.load(logits + row * size + drawn).to(tl.float32)
+        tl.store(tokens + row, drawn)
+        tl.store(logprobs + row, chosen.to(tl.float64) - tl.load(log_totals + row))

@@ -41,8 +41,8 @@ class Launched:
     stream_width: int
     teaches_costs: bool
     drafting_seconds: float
-    """What drafting has taken, and, where steps overlap, all else that the GPU waited for: without
-    drafts it would not have."""
+    """What drafting took; where steps overlap, for how long the GPU had nothing to do, from the tokens of
+    the step before to the forward: without drafts it would have had."""
     is_assumed: bool = False
     """Whether each sequence has gone on, for the launch of the next step, to a token that only the
     device knows, and a placeholder stands for it."""

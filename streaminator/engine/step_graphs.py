@@ -164,9 +164,15 @@ class StepGraphs:
         return logits
 
     def _forget(self, _: object = None) -> None:
-        self._graphs.clear()
+        self._drop(*self._graphs)
         self._meetings.clear()
         self._logits = self._capture = None
+
+    def _drop(self, *shapes: tuple) -> None:
+        if shapes and torch.cuda.is_available():
+            torch.cuda.synchronize()  # one may be on its way
+        for shape in shapes:
+            del self._graphs[shape]
 
     def _add(
         self, shape: tuple, forward: Forward, batch: Batch, cache: KVCache, expected: torch.Tensor
@@ -186,7 +192,7 @@ class StepGraphs:
             _log.warning("steps run without CUDA graphs, which is slower: %s", self.why_not)
             return
         if len(self._graphs) == MOST_GRAPHS:
-            del self._graphs[next(iter(self._graphs))]
+            self._drop(next(iter(self._graphs)))
         self._graphs[shape] = graph
         del self._meetings[shape]
 

@@ -44,8 +44,8 @@ _FEW = 1 / 8  # of a step's tokens may be a prompt's where its cost counts
 _FAR = 1000.0  # times the largest size measured
 _MIN_FLOOR, _MAX_FLOOR = 0.02, 0.9
 _LONGEST_REST = 16  # steps without a draft,
-_MOST_STEPS = 64  # or, within this, as many as take
-_SMALL = 1 / 50  # by this less time than the draft
+_MOST_STEPS = 64  # or, up to this, until a draft has taken no more
+_SMALL = 1 / 50  # than this share of them
 _MOST_RESTS = 16  # as long as that, from one look at half the price to the next
 _MARGIN = 1.1  # times their price is what drafts must bring: it is known no better
 _BOLD = 0.5  # of their price is what drafts may bring after such a rest, to see what they cost now,
@@ -273,7 +273,8 @@ class DraftBudget:
             gained: tokens added to completions.
             num_accepted: of the drafted tokens, second choices included.
             seconds: the whole step.
-            draft_seconds: of them, what drafting took.
+            draft_seconds: of them, what drafting took. Where a GPU waits for it, all that it waited for,
+                also in a step without drafts; that may have begun with the end of the step before.
             teaches_costs: whether steps like it will take as long.
         """
         self._expected = _DECAY * self._expected + self._expects
@@ -285,7 +286,7 @@ class DraftBudget:
         num_plain = num_tokens - num_prefill_tokens - num_drafts
         decode = self.costs(max(num_plain, 1), num_drafts)
         has_drafted = self._num_rested > self._rest
-        drafting = 0.0
+        drafting = draft_seconds
         if has_drafted:
             # One long pause of the machine would be remembered for hundreds of steps.
             self._took.append(draft_seconds)

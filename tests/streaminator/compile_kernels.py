@@ -11,7 +11,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from streaminator.engine import gpu_kernels, gpu_products, paged_kernels, sampling_kernels
+from streaminator.engine import (
+    gpu_kernels,
+    gpu_products,
+    gpu_sampling,
+    paged_kernels,
+    sampling_kernels,
+)
 from streaminator.engine.paged_attention import SPLIT, key_step, tile_height
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -100,6 +106,8 @@ def compile_sampling(capability):
     for is_greedy in (False, True):
         flags = {"IS_GREEDY": is_greedy, "HAS_REST": True}
         yield shared_memory(sampling_kernels.draw, capability, bf16, 1, **constants, **flags)
+    rest = {"C": 64, "BLOCK": gpu_sampling._BLOCK}
+    yield shared_memory(sampling_kernels.settle, capability, bf16, 8, **rest)
 
 
 if __name__ == "__main__":

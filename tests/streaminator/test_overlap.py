@@ -7,6 +7,7 @@ A CPU computes in the order given, so what overlaps on a GPU comes one after ano
 import time
 from dataclasses import replace
 from itertools import count, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from streaminator.engine import sampler
 from streaminator.engine.engine import Engine
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.sampler import Transfer
-from streaminator.sequence import Completion
+from streaminator.engine.speculation import Speculation
+from streaminator.sequence import Completion, FinishReason, Prompt
+from streaminator.session import step_or_narrow
 from streaminator.speculative.draft_budget import StepCosts
 from tests.fakes import (
     ENGINES,
@@ -27,6 +30,7 @@ from tests.fakes import (
     VOCAB_SIZE,
     drain,
     draw,
+    late_tokens,
     make_engine,
     make_prompt,
     random_tokens,
@@ -127,15 +131,7 @@ def test_wherever_completions_end_steps_launched_ahead_change_no_token(
     # Of few candidates many tokens are none, and the device does not know these.
     monkeypatch.setattr(sampler, "NUM_CANDIDATES", 4)
     monkeypatch.setattr(llama, "sampling_kernels", None)
-    settled: list[int] = []
-    wait = Transfer.wait
-
-    def count(transfer: Transfer) -> object:
-        drawn = wait(transfer)
-        settled.extend(transfer.settled)
-        return drawn
-
-    monkeypatch.setattr(Transfer, "wait", count)
+    settled = late_tokens(monkeypatch)
     drawn = [
         draw(
             llama, PROMPTS, sampling=params, engine=config, speculator=NO_SPECULATION,
@@ -149,6 +145,8 @@ def test_wherever_completions_end_steps_launched_ahead_change_no_token(
         assert completion.text == other.text
         assert completion.logprobs == other.logprobs
         assert completion.finish_reason == other.finish_reason
+        assert completion.from_draft == other.from_draft
+        assert completion.drafted == completion.accepted == [0] * len(completion.token_ids)
     assert bool(settled) == (params.temperature > 0)
 
 
@@ -287,23 +285,97 @@ def test_the_draft_budget_is_told_what_the_gpu_waited_for(
     ticks = count()
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
 
-    def third_draft(*, overlap: bool) -> float:
-        told: list[float] = []
+    def told(*, overlap: bool, costs: StepCosts) -> list[list[float]]:
+        """What each step said that drafting took, in two calls."""
         engine = make_engine(
             llama,
             sampling=SAMPLING,
             engine=EngineConfig(stream_width=4, overlap=overlap),
             speculator=SpeculatorConfig(),
+            step_costs=costs,
         )
         observe = engine._speculation.observe_step
+        calls: list[list[float]] = []
 
         def note(*args: float, **kwargs: bool) -> None:
-            told.append(args[6])
+            calls[-1].append(args[6])
             observe(*args, **kwargs)  # type: ignore[arg-type]
 
         monkeypatch.setattr(engine._speculation, "observe_step", note)
-        drain(engine, PROMPTS)
-        return told[2]
+        for _ in range(2):
+            calls.append([])
+            drain(engine, PROMPTS)
+        return calls
 
-    assert third_draft(overlap=False) == 1, "the phase of drafting alone"
-    assert third_draft(overlap=True) > 4, "and schedule, pack, verify and commit"
+    free = StepCosts.free()
+    assert set(told(overlap=False, costs=free)[0]) == {1}, "the phase of drafting alone"
+    for call in told(overlap=True, costs=free):
+        assert call[0] == 1, "nobody waited before"
+        assert min(call[1:]) > 4, "and schedule, pack, verify and commit"
+    assert 0 in told(overlap=True, costs=FULL)[0], "steps launched ahead"
+
+
+def draw_short_of_memory(
+    engine: Engine, prompts: list[Prompt]
+) -> dict[tuple[str, int], Completion]:
+    """As a session does."""
+    drawn = {}
+    for prompt in prompts:
+        engine.add(prompt)
+    while engine.has_work:
+        completions, _ = step_or_narrow(engine)
+        for completion in completions:
+            key = completion.prompt.prompt_id, completion.sample_index
+            assert key not in drawn
+            drawn[key] = completion
+    return drawn
+
+
+@pytest.mark.parametrize("is_launched", [True, False], ids=["ahead", "behind"])
+def test_memory_that_runs_out_where_a_token_is_settled_changes_no_token(
+    llama: ModelRunner, is_launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the next step was to be launched ahead, and is not any more."""
+    monkeypatch.setattr(sampler, "NUM_CANDIDATES", 4)
+    monkeypatch.setattr(llama, "sampling_kernels", None)
+    expected = draw(llama, PROMPTS, sampling=SAMPLING, speculator=NO_SPECULATION)
+    engine = make_engine(
+        llama, sampling=SAMPLING, engine=EngineConfig(stream_width=4), speculator=NO_SPECULATION
+    )
+    forward, draw_rest = engine.runner.forward, sampler.draw_rest
+    num_forwards = count()
+    failures: list[str] = []
+
+    def fail_forward(*args: Any) -> torch.Tensor:
+        if not is_launched and next(num_forwards) == 6:
+            failures.append("forward")
+            monkeypatch.setattr(Speculation, "rests_next", False)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args)
+
+    def fail_settling(*args: torch.Tensor) -> torch.Tensor:
+        is_due = engine._launched is not None and engine._launched.is_assumed
+        if is_due and "settle" not in failures and (is_launched or failures):
+            failures.append("settle")
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw_rest(*args)
+
+    monkeypatch.setattr(engine.runner, "forward", fail_forward)
+    monkeypatch.setattr(sampler, "draw_rest", fail_settling)
+    drawn = draw_short_of_memory(engine, PROMPTS)
+    assert failures == (["settle"] if is_launched else ["forward", "settle"])
+    assert tokens(drawn) == tokens(expected)
+    for key, completion in drawn.items():
+        assert completion.logprobs == expected[key].logprobs
+
+
+def test_after_the_last_completion_nothing_is_left_to_do(llama: ModelRunner) -> None:
+    """Whoever goes on with the stream may change its weights then."""
+    stop = draw(llama, PROMPTS[:1], sampling=SAMPLING, speculator=NO_SPECULATION)["p4", 0]
+    params = replace(SAMPLING, stop_token_ids=(stop.token_ids[7],))
+    engine = make_engine(llama, sampling=params, speculator=NO_SPECULATION)
+    engine.add(replace(PROMPTS[0], sample_indices=(0,)))
+    while not (drawn := engine.step()):
+        assert engine.has_work
+    assert drawn[0].finish_reason is FinishReason.STOP
+    assert not engine.has_work

@@ -19,14 +19,16 @@ from streaminator.engine.batch import Batch
 from streaminator.engine.kv_cache import KVCache
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.paged_attention import has_triton
-from streaminator.engine.sampler import Transfer
 from streaminator.engine.step_graphs import MEETINGS_TO_REPLACE, StepGraphs, Work
 from streaminator.sequence import Prompt, Sequence
 from tests.fakes import (
     NO_SPECULATION,
     Draws,
+    drain,
     draw,
+    late_tokens,
     load_gpu_like_runner,
+    make_engine,
     make_prompt,
     random_tokens,
     save_model,
@@ -112,8 +114,9 @@ def test_replayed_steps_draw_the_same(head_dim: int, tmp_path: Path) -> None:
     assert captures.num_replayed > captures.num_captured > 0
 
 
+@pytest.mark.parametrize("is_own", [True, False], ids=["own sampler", "PyTorch's"])
 def test_replayed_steps_that_are_launched_ahead_draw_the_same(
-    folder: Path, overlapping: None, monkeypatch: pytest.MonkeyPatch
+    folder: Path, is_own: bool, overlapping: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is drawn from a step's logits may be asked for when the next step has written its own."""
     # Of few candidates many tokens are none.
@@ -121,21 +124,16 @@ def test_replayed_steps_that_are_launched_ahead_draw_the_same(
     expected = draw_alone(folder)
     captures = Captures()
     runner = paged_runner(folder, captures)
-    settled: list[int] = []
-    wait = Transfer.wait
-
-    def count(transfer: Transfer) -> object:
-        drawn = wait(transfer)
-        settled.extend(transfer.settled)
-        return drawn
-
-    monkeypatch.setattr(Transfer, "wait", count)
-    drawn = draw(runner, SHORT, sampling=SAMPLING, engine=STREAM, speculator=NO_SPECULATION)
+    engine = make_engine(runner, sampling=SAMPLING, engine=STREAM, speculator=NO_SPECULATION)
+    assert runner.sampling_kernels is not None
+    if not is_own:
+        runner.sampling_kernels = None
+    settled = late_tokens(monkeypatch)
+    drawn = drain(engine, SHORT)
     assert tokens(drawn) == {key: ids for key, ids in tokens(expected).items() if key in drawn}
     for key, completion in drawn.items():
         assert completion.logprobs == pytest.approx(expected[key].logprobs, abs=1e-4)
-    assert settled
-    assert runner.sampling_kernels is not None
+    assert bool(settled) != is_own
     assert captures.num_replayed > captures.num_captured > 0
 
 
