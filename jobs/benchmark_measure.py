@@ -45,7 +45,7 @@ def measure(programs: Sequence[Program], load: Load, draw: Draw, *, repeats: int
                 raise EngineFailedError(f"{program.name}: {error}") from error
             measured.failed[program.name] = str(error)
             measured.runs.pop(program.name, None)
-            clients.pop(program.name, None)
+            clients.pop(program.name).end()  # it may be computing still
             sys.stderr.write(f"{program.name} is left out: {error}\n")
 
         short = _warm_up(draw, load.stream_width)

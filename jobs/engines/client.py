@@ -28,7 +28,7 @@ class EngineFailedError(StreaminatorError, RuntimeError):
 
 
 class Client:
-    """An engine in a process of its own, which imports what it needs as soon as it is started."""
+    """An engine in a process of its own, which begins to import as soon as it is started."""
 
     def __init__(self, program: Program, load: Load) -> None:
         self.program = program
@@ -56,7 +56,10 @@ class Client:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        """End the process, if need be by force."""
+        self.end()
+
+    def end(self) -> None:
+        """End the process, if need be by force; the second time nothing is left to do."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:

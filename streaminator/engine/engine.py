@@ -201,8 +201,8 @@ class Engine:
         they leave to do, here and at the caller's, is done while the GPU computes. So is all else
         where neither of the two has drafts.
 
-        Out of device memory, nothing is taken in that this call has begun: it can be called again, after
-        `scheduler.narrow`, and then returns what ended before.
+        Out of device memory, no token is taken in: it can be called again, after `scheduler.narrow`, and
+        then returns what ended before.
         """
         before = self._launched
         if not self._overlaps:
@@ -215,6 +215,8 @@ class Engine:
             # After the very last token its rows are void, all of them.
             self._launched = after if self.scheduler.num_open_prompts else None
         else:
+            # Should memory run out: what nobody has gone on to yet can be computed again.
+            self._launched = before if before and before.is_assumed else None
             self._collect(before)
             self._launched = None
             self._launched = self._launch()
@@ -306,9 +308,10 @@ class Engine:
             if new:
                 gains.append(self._speculation.gain(verdict, new, has_ended=bool(reason)))
             if reason is not None:
-                # Of a token behind the end, paged attention would never read the keys.
-                is_void = after is not None and sequence in after.sampled
-                is_spoilt = reason is FinishReason.FAILED or (is_void and not self.runner.is_paged)
+                # A token behind the end may have been computed, whose keys paged attention never reads.
+                is_spoilt = reason is FinishReason.FAILED or (
+                    launched.is_assumed and not self.runner.is_paged
+                )
                 ends_prompt = self.scheduler.retire(sequence, is_spoilt=is_spoilt)
                 ended.append(Ended(sequence, reason, error, time.time(), ends_prompt))
                 if after is not None:

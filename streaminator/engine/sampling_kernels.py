@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: ANN001, ANN201, ANN202 - Triton gives arguments their types,
 # type: ignore - and is not there for pyright on every machine
-"""`sampler.sample` without filters, in Triton: one pass over the logits, then little.
+"""`sampler.sample` without filters, in Triton: one pass over the logits, then little; two more over
+rows whose token is none of the likeliest.
 
 The likeliest tokens are found by way of the likeliest groups of tokens: C tokens lie in at most C
 groups, those of the largest maxima. Logits are compared as numbers of 64 bits, value before id, so
@@ -197,8 +198,10 @@ def _rest_of(logits, row, start, size, temperature, top, last, BLOCK: tl.constex
     """Tokens from `start` on, and their exp(x - top), but 0 for candidates, whose keys reach `last`."""
     token = start + tl.arange(0, BLOCK)
     x = tl.load(logits + row * size + token, mask=token < size, other=float("-inf")).to(tl.float32)
-    mass = tl.exp((tl.div_rn(x, temperature) - top).to(tl.float64))
-    return token, tl.where((token < size) & (_key(x, token) < last), mass, 0.0)
+    # Many cards are slow at float64: it is for the sums.
+    mass = tl.exp(tl.div_rn(x, temperature) - top)
+    mass = tl.where((token < size) & (_key(x, token) < last), mass, 0.0)
+    return token, mass.to(tl.float64)
 
 
 @triton.jit

@@ -169,9 +169,10 @@ class StepGraphs:
         self._logits = self._capture = None
 
     def _drop(self, *shapes: tuple) -> None:
-        if shapes and torch.cuda.is_available():
-            torch.cuda.synchronize()  # one may be on its way
         for shape in shapes:
+            device = self._graphs[shape].logits.device
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # it may be on its way
             del self._graphs[shape]
 
     def _add(

@@ -286,11 +286,11 @@ class DraftBudget:
         num_plain = num_tokens - num_prefill_tokens - num_drafts
         decode = self.costs(max(num_plain, 1), num_drafts)
         has_drafted = self._num_rested > self._rest
-        drafting = draft_seconds
         if has_drafted:
-            # One long pause of the machine would be remembered for hundreds of steps.
             self._took.append(draft_seconds)
-            drafting = median(self._took)
+        # One long pause of the machine would be remembered for hundreds of steps.
+        usual = median(self._took) if self._took else 0.0
+        drafting = usual if has_drafted else min(draft_seconds, usual)
         self._tokens = _DECAY * self._tokens + gained
         self._seconds = _DECAY * self._seconds + decode + drafting
         if has_drafted:

@@ -111,14 +111,13 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[str]:
-    """The address of a web server that answers once."""
-    server = http.server.HTTPServer(("127.0.0.1", 0), Page)
-    server.timeout = 60
-    thread = threading.Thread(target=server.handle_request)
-    thread.start()
-    yield f"127.0.0.1:{server.server_port}"
-    thread.join()
-    server.server_close()
+    """The address of a web server."""
+    with http.server.HTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="module")

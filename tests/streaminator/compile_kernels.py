@@ -24,6 +24,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 NUMBERS = {
     **dict.fromkeys(("parts", "log_sums", "qkv", "out"), "*fp32"),
     **dict.fromkeys(("tops", "totals", "logprobs", "top_probs"), "*fp32"),
+    "log_totals": "*fp64",
     **dict.fromkeys(("rows", "positions", "table", "slots"), "*i64"),
     **dict.fromkeys(("groups", "keys_of", "candidates", "noise_keys", "tokens", "top_ids"), "*i64"),
     **dict.fromkeys(("scale", "softcap", "eps", "temperature"), "fp32"),
@@ -104,7 +105,7 @@ def compile_sampling(capability):
     yield shared_memory(sampling_kernels.gather, capability, bf16, 8, **groups)
     constants = {"C": 64, "C_PADDED": 64, "P_PADDED": 32}
     for is_greedy in (False, True):
-        flags = {"IS_GREEDY": is_greedy, "HAS_REST": True}
+        flags = {"IS_GREEDY": is_greedy, "HAS_REST": not is_greedy}
         yield shared_memory(sampling_kernels.draw, capability, bf16, 1, **constants, **flags)
     rest = {"C": 64, "BLOCK": gpu_sampling._BLOCK}
     yield shared_memory(sampling_kernels.settle, capability, bf16, 8, **rest)

@@ -130,6 +130,7 @@ def test_a_token_that_is_no_candidate_is_drawn_on_the_device() -> None:
         *(x.to(DEVICE) for x in (logits, keys, keys)), FLAT, 0, GpuSampling(logits.dtype)
     )
     assert drawn.settle is None
+    assert (drawn.tokens >= 0).all()
     candidates = logits.topk(sampler.NUM_CANDIDATES).indices
     is_candidate = (candidates == drawn.tokens.cpu()[:, None]).any(-1)
     assert not is_candidate.all()

@@ -331,31 +331,35 @@ def draw_short_of_memory(
     return drawn
 
 
-@pytest.mark.parametrize("is_launched", [True, False], ids=["ahead", "behind"])
+@pytest.mark.parametrize("name", ["ahead", "behind", "with drafts"])
 def test_memory_that_runs_out_where_a_token_is_settled_changes_no_token(
-    llama: ModelRunner, is_launched: bool, monkeypatch: pytest.MonkeyPatch
+    llama: ModelRunner, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where the next step was to be launched ahead, and is not any more."""
+    """Also where the next step was to be launched ahead, and is not any more ("behind")."""
     monkeypatch.setattr(sampler, "NUM_CANDIDATES", 4)
     monkeypatch.setattr(llama, "sampling_kernels", None)
     expected = draw(llama, PROMPTS, sampling=SAMPLING, speculator=NO_SPECULATION)
+    speculator = SpeculatorConfig() if name == "with drafts" else NO_SPECULATION
     engine = make_engine(
-        llama, sampling=SAMPLING, engine=EngineConfig(stream_width=4), speculator=NO_SPECULATION
+        llama, sampling=SAMPLING, engine=EngineConfig(stream_width=4), speculator=speculator
     )
     forward, draw_rest = engine.runner.forward, sampler.draw_rest
     num_forwards = count()
     failures: list[str] = []
 
     def fail_forward(*args: Any) -> torch.Tensor:
-        if not is_launched and next(num_forwards) == 6:
+        if name == "behind" and next(num_forwards) == 6:
             failures.append("forward")
             monkeypatch.setattr(Speculation, "rests_next", False)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args)
 
     def fail_settling(*args: torch.Tensor) -> torch.Tensor:
-        is_due = engine._launched is not None and engine._launched.is_assumed
-        if is_due and "settle" not in failures and (is_launched or failures):
+        if name == "with drafts":
+            is_due = any(sequence.draft for sequence in engine.scheduler.running)
+        else:
+            is_due = engine._launched is not None and engine._launched.is_assumed
+        if is_due and "settle" not in failures and (name != "behind" or failures):
             failures.append("settle")
             raise torch.OutOfMemoryError("CUDA out of memory")
         return draw_rest(*args)
@@ -363,7 +367,7 @@ def test_memory_that_runs_out_where_a_token_is_settled_changes_no_token(
     monkeypatch.setattr(engine.runner, "forward", fail_forward)
     monkeypatch.setattr(sampler, "draw_rest", fail_settling)
     drawn = draw_short_of_memory(engine, PROMPTS)
-    assert failures == (["settle"] if is_launched else ["forward", "settle"])
+    assert failures == (["forward", "settle"] if name == "behind" else ["settle"])
     assert tokens(drawn) == tokens(expected)
     for key, completion in drawn.items():
         assert completion.logprobs == expected[key].logprobs
