@@ -154,7 +154,7 @@ def pack(
         blocks.extend(table)
         # What lays them out looks at no bounds.
         assert first + num + len(draft) <= len(table) * block_size, "tokens without a block"
-        is_sampled = first + num == len(known)
+        is_sampled = sequence.is_sampled
         facts += (
             first, num, len(draft), len(known), sequence.num_prompt_tokens, sequence.noise_key,
             is_sampled, len(table),
@@ -173,17 +173,18 @@ def pack(
     num_lines, width = len(all_facts) + num_seconds, int(all_facts[:, -1].max())
     num_rows = _ceil(len(tokens), row_multiple) * row_multiple
     num_sampled_rows = _ceil(num_sampled, ROW_MULTIPLE) * ROW_MULTIPLE
-    num_padded_slots, padding = num_slots, None
+    padding = None
     if pads and len(tokens) <= _MOST_PADDED:
         num_rows, padding = _rung(len(tokens)), block_size
         has_long = all_facts[:, 1:3].sum(1).max() > _MOST_SHORT
         num_sampled_rows = _rung(max(num_sampled, 1)) if has_long else num_rows
-        num_padded_slots = num_rows
     starts, counts, firsts = np.empty((3, num_lines), np.int64)
     tables = np.zeros((num_lines, width), np.int64)
-    positions, slots, sampled = (
-        np.zeros(num, np.int64) for num in (num_rows, num_padded_slots, num_sampled_rows)
+    input_ids, positions, slots, sampled = (
+        np.zeros(num, np.int64)
+        for num in (num_rows, num_rows, num_rows if padding else num_slots, num_sampled_rows)
     )
+    input_ids[: len(tokens)] = tokens
     noise_keys, noise_positions = np.empty((2, num_sampled), np.int64)
     lay_out(
         all_facts, np.array(seconds, np.int64).reshape(-1, 3), np.frombuffer(blocks, np.int64),
@@ -191,7 +192,7 @@ def pack(
         noise_positions,
     )  # fmt: skip
     lines = Lines(starts, counts, firsts, tables, slots[:num_slots], num_seconds)
-    read = [_filled(tokens, num_rows), positions, slots, sampled]
+    read = [input_ids, positions, slots, sampled]
     rest = [noise_keys, noise_positions, *(np.array(x, np.int64) for x in (unknown, drawn_rows))]
     placed: Iterator[torch.Tensor]
     if device.type == "cuda" or padding:
@@ -220,11 +221,6 @@ def pack(
         rows, drawn = placed
         batch.input_ids[0].index_copy_(0, rows, newest.tokens[drawn].clamp_(min=0))
     return batch
-
-
-def _filled(numbers: list[int], length: int) -> np.ndarray:
-    """`numbers`, and zeros behind them up to `length`."""
-    return np.array(numbers + [0] * (length - len(numbers)), np.int64)
 
 
 def _padded(numbers: np.ndarray, *shape: int) -> np.ndarray:

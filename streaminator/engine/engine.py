@@ -250,7 +250,7 @@ class Engine:
             self.runner.sampling_kernels,
         )
         for sequence in sequences:
-            if sequence.num_scheduled_tokens < sequence.num_uncached_tokens:
+            if not sequence.is_sampled:
                 self._advance(sequence, 0)
         return Launched(
             clock=clock,
@@ -423,9 +423,8 @@ class Engine:
             self.scheduler.restart(sequence)
             drawn.clear()
             return None, None
-        if drawn:
-            sequence.drafted.append(len(sequence.draft) + len(sequence.alternatives))
-            sequence.accepted.append(len(drawn) - 1)
+        sequence.drafted.append(len(sequence.draft) + len(sequence.alternatives))
+        sequence.accepted.append(len(drawn) - 1)
         reason, error = self._stopping.add(verdict)
         if reason is None and not is_assumed:
             # The keys and values of the chain's accepted part stay; a second choice's are not in the

@@ -46,7 +46,7 @@ class StopChecker:
         sequence, drawn = verdict.sequence, verdict.drawn
         length = len(sequence.token_ids) + len(drawn)
         is_plain = not self._stop and length < sequence.max_num_tokens
-        if drawn and is_plain and self._suspects.isdisjoint(drawn):  # as in most steps
+        if is_plain and self._suspects.isdisjoint(drawn):  # as in most steps
             sequence.token_ids += drawn
             sequence.logprobs += verdict.logprobs
             sequence.from_draft += [True] * (len(drawn) - 1) + [False]

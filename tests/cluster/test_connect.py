@@ -80,7 +80,7 @@ class Refused(NamedTuple):
     """A job that nobody can run, and what it says; {head} and {page} stand for addresses."""
 
     words: str
-    flags: str = ""
+    flags: tuple[str, ...] = ()
     version: str = ""
     variables: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
 
@@ -90,21 +90,22 @@ NOBODY = "--address 127.0.0.1:1: no Ray answers there"
 REFUSED = {
     "another token": Refused(
         "RAY_AUTH_TOKEN_PATH",
-        "--address {head}",
+        ("--address", "{head}"),
         variables={"RAY_AUTH_TOKEN": TOKEN["RAY_AUTH_TOKEN"][::-1]},
     ),
-    "nobody": Refused(NOBODY, "--address 127.0.0.1:1"),
+    "nobody": Refused(NOBODY, ("--address", "127.0.0.1:1")),
     "nobody, by a variable": Refused(NOBODY, variables={"RAY_ADDRESS": "127.0.0.1:1"}),
-    "nothing": Refused("--address is empty", "--address="),
-    "a web page": Refused("a web server, the dashboard?", "--address {page}"),
+    "nothing": Refused("--address is empty", ("--address", "")),
+    "a web page": Refused("a web server, the dashboard?", ("--address", "{page}")),
     # The check is Ray's own, of what the head recorded.
     "another Ray": Refused(
         f"and Python {PYTHON}, this process Ray 2.1.0 and Python {PYTHON}",
-        "--address {head}",
+        ("--address", "{head}"),
         version="2.1.0",
     ),
     "no GPUs": Refused(
-        "room for 0 (1 CPU cores, 0 GPUs)", "--address {head} --device cuda --num_workers 2"
+        "room for 0 (1 CPU cores, 0 GPUs)",
+        ("--address", "{head}", "--device", "cuda", "--num_workers", "2"),
     ),
 }
 
@@ -128,7 +129,7 @@ def runs(
     output = str(tmp_path_factory.mktemp("output"))
 
     def run(job: Refused) -> "subprocess.CompletedProcess[str]":
-        flags = job.flags.format(head=head, page=page).split()
+        flags = [flag.format(head=head, page=page) for flag in job.flags]
         return subprocess.run(
             [sys.executable, "-c", JOB, job.version, "--output", output, *flags],
             env=os.environ | TOKEN | job.variables, cwd=ROOT, timeout=300, capture_output=True, text=True,

@@ -25,8 +25,6 @@ from tests.jobs.test_benchmark import make_inputs, run
 # A peer that answers at once, with tokens that nobody asked a model for.
 PEER = """
 import sys
-from contextlib import ExitStack
-from dataclasses import replace
 from jobs.engines.protocol import Run, serve
 
 def load(what):

@@ -20,7 +20,7 @@ from streaminator.engine.engine import Engine
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.sampler import Transfer
 from streaminator.engine.speculation import Speculation
-from streaminator.sequence import Completion, FinishReason, Prompt
+from streaminator.sequence import Completion, FinishReason
 from streaminator.session import step_or_narrow
 from streaminator.speculative.draft_budget import StepCosts
 from tests.fakes import (
@@ -159,8 +159,7 @@ def test_a_stream_that_rests_from_drafting_changes_no_token(
     seen = watch(engine, monkeypatch)
     drawn = drain(engine, PROMPTS)
     assert tokens(drawn) == tokens(in_turn[speculator])
-    is_ahead = [pair == ("forward", "forward") for pair in pairwise(forwards_and_waits(seen))]
-    assert any(is_ahead)
+    assert ("forward", "forward") in pairwise(forwards_and_waits(seen))
 
 
 @settings(
@@ -315,22 +314,6 @@ def test_the_draft_budget_is_told_what_the_gpu_waited_for(
     assert 0 in told(overlap=True, costs=FULL)[0], "steps launched ahead"
 
 
-def draw_short_of_memory(
-    engine: Engine, prompts: list[Prompt]
-) -> dict[tuple[str, int], Completion]:
-    """As a session does."""
-    drawn = {}
-    for prompt in prompts:
-        engine.add(prompt)
-    while engine.has_work:
-        completions, _ = step_or_narrow(engine)
-        for completion in completions:
-            key = completion.prompt.prompt_id, completion.sample_index
-            assert key not in drawn
-            drawn[key] = completion
-    return drawn
-
-
 @pytest.mark.parametrize("name", ["ahead", "behind", "with drafts"])
 def test_memory_that_runs_out_where_a_token_is_settled_changes_no_token(
     llama: ModelRunner, name: str, monkeypatch: pytest.MonkeyPatch
@@ -366,7 +349,7 @@ def test_memory_that_runs_out_where_a_token_is_settled_changes_no_token(
 
     monkeypatch.setattr(engine.runner, "forward", fail_forward)
     monkeypatch.setattr(sampler, "draw_rest", fail_settling)
-    drawn = draw_short_of_memory(engine, PROMPTS)
+    drawn = drain(engine, PROMPTS, lambda: step_or_narrow(engine)[0])
     assert failures == (["forward", "settle"] if name == "behind" else ["settle"])
     assert tokens(drawn) == tokens(expected)
     for key, completion in drawn.items():

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from streaminator.engine.block_manager import NULL_BLOCK, BlockManager
 from streaminator.sequence import Prompt, Sequence
-from tests.fakes import SIMULATED_BLOCK_SIZE as SIZE
-from tests.fakes import SIMULATED_MAX_LENGTH as MAX_LENGTH
-from tests.fakes import Simulation, make_prompt
+from tests.fakes import make_prompt
+from tests.simulation import BLOCK_SIZE as SIZE
+from tests.simulation import MAX_LENGTH, Simulation
 
 
 def prompt(name: str, num_tokens: int, num_completions: int = 1, first: int = 0) -> Prompt:
