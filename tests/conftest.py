@@ -33,6 +33,16 @@ from tests.fakes import FREE, PROMPTS, TOKENIZER, Draws, draw, load_runner, save
 
 torch.set_num_threads(1)
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, a file is one's, and whatever starts a Ray is one's, too."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            name = "ray" if item.get_closest_marker("ray") else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
 SMALL_TRIALS = {
     "gpu_products._LOW_ROWS": 8,
     "gpu_products._HIGH_ROWS": 16,

@@ -6,8 +6,6 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,47 +38,27 @@ NARROWER = {
 """What keeps the compiler from using what a processor has, by its name in /proc/cpuinfo."""
 
 
-Run = Callable[[], "subprocess.CompletedProcess[str] | str"]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
-    """The tests with each of them, two at a time; why not, where they cannot be run."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            feature: pool.submit(_run, feature, tmp_path_factory.mktemp(feature)).result
-            for feature in NARROWER
-        }
-
-
-def _run(feature: str, folder: Path) -> "subprocess.CompletedProcess[str] | str":
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86 compilers")
+@pytest.mark.parametrize("feature", NARROWER)
+def test_kernels_of_lesser_processors_are_exact(feature: str, tmp_path: Path) -> None:
     cpu = Path("/proc/cpuinfo")
     if cpu.exists() and f" {feature} " not in cpu.read_text(encoding="utf-8"):
-        return f"this processor has no {feature}: all tests run what this one would"
+        pytest.skip(f"this processor has no {feature}: all tests run what this one would")
     flags = NARROWER[feature]
     try:
         compiler = shlex.join(_compiler())
     except KernelsMissingError as error:
-        return f"no compiled kernels: {error}"
+        pytest.skip(f"no compiled kernels: {error}")
     options = "-march=native -fsyntax-only -x c"
     command = shlex.split(f"{compiler} {flags} {options} {os.devnull}")
     if subprocess.run(command, capture_output=True, check=False).returncode:
-        return f"{compiler} does not know {flags}"
-    env = os.environ | {"CC": f"{compiler} {flags}", "XDG_CACHE_HOME": str(folder)}
+        pytest.skip(f"{compiler} does not know {flags}")
+    env = os.environ | {"CC": f"{compiler} {flags}", "XDG_CACHE_HOME": str(tmp_path)}
     tests = [str(HERE / name) for name in LAYERS + SAMPLING]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env=env, cwd=HERE.parents[1], capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert list((folder / "streaminator").glob("kernels-*.so")), "nothing was compiled"
-    return done
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86 compilers")
-@pytest.mark.parametrize("feature", NARROWER)
-def test_kernels_of_lesser_processors_are_exact(feature: str, runs: dict[str, Run]) -> None:
-    done = runs[feature]()
-    if isinstance(done, str):
-        pytest.skip(done)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout, done.stdout[-2000:]
+    assert list((tmp_path / "streaminator").glob("kernels-*.so")), "nothing was compiled"
