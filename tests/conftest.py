@@ -49,6 +49,7 @@ SMALL_TRIALS = {
     "gpu_products._FEW_TILES": 2,
     "gpu_sampling._TRIED_ROWS": 4,
     "llama_like._LENGTHS": (5, 18),
+    "paged_attention.SPLIT": 256,
 }
 
 

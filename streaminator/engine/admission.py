@@ -8,6 +8,7 @@ from streaminator.config import EngineConfig
 from streaminator.engine.block_manager import BlockManager
 from streaminator.engine.kv_cache import KVCache
 from streaminator.engine.model_runner import ModelRunner
+from streaminator.errors import first_line
 from streaminator.sequence import Prompt
 
 
@@ -53,7 +54,10 @@ class Admission:
                 return f"it may need {needed} KV blocks: raise --num_blocks {config.num_blocks}"
             if config.kv_memory is not None:
                 return f"it may need {needed} KV blocks: raise --kv_memory {config.kv_memory:g}"
-            self._grow(needed)
+            try:
+                self._grow(needed)
+            except (RuntimeError, MemoryError, OSError) as error:
+                return f"it may need {needed} KV blocks, for which memory is short ({first_line(error)})"
         return None
 
     def make_room(self, max_prompt_length: int) -> None:

@@ -24,8 +24,12 @@ ROW_MULTIPLE = 8
 very few rows (this project's own may, see `ModelRunner.row_multiple`): with either, a token's value
 would depend, in the last bit, on how many others are in the batch."""
 
+MOST_SHORT = 17
+"""Queries: sequences with more are a group of their own in a padded step. Few have: the memory's
+longest draft is of 16 tokens."""
+
+_QUERIES = (1, 4, MOST_SHORT)  # per sequence, that a padded step's are padded to; then 64, 256 ...
 _MOST_PADDED = 1024  # tokens: longer steps keep a GPU busy for longer than their launches take
-_MOST_SHORT = 16  # queries: sequences with more are a group of their own in a padded step
 _KEYS = 256  # a padded step's block tables have room for 1, 2, 4 ... times as many
 _NUM_FACTS = 8  # of a sequence, see `lay_out`
 _ALIGNMENT = 16  # numbers; Triton compiles anew for pointers that are not multiples of 16 bytes
@@ -176,7 +180,7 @@ def pack(
     padding = None
     if pads and len(tokens) <= _MOST_PADDED:
         num_rows, padding = _rung(len(tokens)), block_size
-        has_long = all_facts[:, 1:3].sum(1).max() > _MOST_SHORT
+        has_long = all_facts[:, 1:3].sum(1).max() > MOST_SHORT
         num_sampled_rows = _rung(max(num_sampled, 1)) if has_long else num_rows
     starts, counts, firsts = np.empty((3, num_lines), np.int64)
     tables = np.zeros((num_lines, width), np.int64)
@@ -258,7 +262,7 @@ class _Upload:
 
     def __init__(self, arrays: Seq[np.ndarray], device: torch.device) -> None:
         is_pinned = device.type == "cuda"
-        host = torch.empty(_room(arrays), dtype=torch.int64, pin_memory=is_pinned)
+        host = torch.empty(_room(arrays), dtype=torch.int64, device="cpu", pin_memory=is_pinned)
         self.numbers = torch.empty(len(host), dtype=torch.int64, device=device)
         """All of them, in one piece."""
         self.tensors: list[torch.Tensor] = []
@@ -301,7 +305,7 @@ def _make_groups(lines: Lines, padding: int | None) -> list[_Group]:
     if padding is None:
         members = _group_by_length(counts.tolist())
     else:
-        is_short = counts <= _MOST_SHORT
+        is_short = counts <= MOST_SHORT
         members = [np.flatnonzero(is_short), np.flatnonzero(~is_short)]
     groups = [_group(lines, part, padding) for part in members if len(part)]
     if lines.num_seconds:
@@ -333,7 +337,7 @@ def _group(
     num_queries = int(counts.max())
     if padding is not None:
         num_lines = next_power(max(len(members), least))
-        num_queries = next_power(num_queries, 2)
+        num_queries = next((n for n in _QUERIES if num_queries <= n), next_power(num_queries, 2))
         # All groups of a step have tables of one length, so that there are fewer shapes.
         num_keys = next_power(_ceil(tables.shape[1] * padding, _KEYS)) * _KEYS
         starts, counts, firsts = (_padded(x, num_lines) for x in (starts, counts, firsts))

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from streaminator.errors import DeviceError
+from streaminator.errors import DeviceError, first_line
 
 
 def resolve_device(name: str) -> torch.device:
@@ -36,6 +36,25 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16"
     return getattr(torch, name)
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The card that "cuda" means here and now: it would mean another one in another thread."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def check_card(device: torch.device) -> None:
+    """Raises: DeviceError where nothing runs any more, as after an access out of bounds."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            raise DeviceError(
+                f"the card fails since a kernel was tried ({first_line(error)}); give "
+                "--no_paged_attention, which does without this project's kernels"
+            ) from error
 
 
 def on_device(device: torch.device) -> AbstractContextManager:

@@ -28,6 +28,7 @@ Used by: `streaminator.session`, `jobs.benchmark`.
 """
 
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -132,6 +133,7 @@ class Engine:
                     plain=plain,
                 )
             )
+        me = weakref.proxy(self)  # or the cache would stay until garbage is collected
         self.scheduler = Scheduler(
             BlockManager(cache.num_blocks, cache.block_size),
             stream_width=self.stream_width,
@@ -139,7 +141,7 @@ class Engine:
             kv_cache=engine.kv_cache,
             continuous_batching=engine.continuous_batching,
             in_flight_per_prompt=engine.in_flight_per_prompt or self.stream_width,
-            start=self._start,
+            start=lambda prompt, index: me._start(prompt, index),
         )
         self._cache = cache
         self._admission = Admission(

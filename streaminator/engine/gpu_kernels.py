@@ -24,6 +24,27 @@ _VARIABLE = ["num_rows", "num_slots"]
 """Numbers that change from step to step: Triton would compile anew for 1 and multiples of 16."""
 
 
+@triton.jit
+def _multiply_split(
+    x_place,
+    weight_place,
+    is_row,
+    is_output,
+    split,
+    split_size,
+    num_inputs,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    part = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    for begin in range(split * split_size, tl.minimum((split + 1) * split_size, num_inputs), STEP):
+        a = tl.load(x_place + begin, mask=is_row[:, None], other=0.0)
+        b = tl.load(weight_place + begin, mask=is_output[:, None], other=0.0)
+        part = tl.dot(a, tl.trans(b), part, input_precision="ieee")
+    return part
+
+
 @triton.jit(do_not_specialize=_VARIABLE)
 def multiply(
     out,  # [1 or C, T, D']
@@ -39,9 +60,11 @@ def multiply(
     OUTPUTS: tl.constexpr,
     STEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     """A tile of x @ weight.T + bias. Grid: (row tiles * output tiles, C), where each split is a part of
-    `out` for the next kernel to sum; or (..., 1), where they are summed here, one after another.
+    `out` for the next kernel to sum; or with `SUMS` (..., 1), where they are summed here, one after
+    another: that takes registers for a second tile, so that fewer programs run at a time.
 
     Tiles of the same weights lie side by side, so that they find them in the L2 cache.
     """
@@ -53,20 +76,18 @@ def multiply(
     inputs = tl.arange(0, STEP)
     x_place = x + rows.to(tl.int64)[:, None] * num_inputs + inputs[None, :]
     weight_place = weight + outputs.to(tl.int64)[:, None] * num_inputs + inputs[None, :]
-    total = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    split = tl.program_id(1)
+    total = _multiply_split(
+        x_place, weight_place, is_row, is_output, split, split_size, num_inputs, ROWS, OUTPUTS, STEP
+    )
     if HAS_BIAS:
-        is_first = tl.program_id(1) == 0
-        total += tl.load(bias + outputs, mask=is_output & is_first, other=0.0)[None, :]
-    num_here = num_splits // tl.num_programs(1)
-    for split in range(tl.program_id(1) * num_here, (tl.program_id(1) + 1) * num_here):
-        part = tl.zeros([ROWS, OUTPUTS], tl.float32)
-        for begin in range(
-            split * split_size, tl.minimum((split + 1) * split_size, num_inputs), STEP
-        ):
-            a = tl.load(x_place + begin, mask=is_row[:, None], other=0.0)
-            b = tl.load(weight_place + begin, mask=is_output[:, None], other=0.0)
-            part = tl.dot(a, tl.trans(b), part, input_precision="ieee")
-        total += part
+        total += tl.load(bias + outputs, mask=is_output & (split == 0), other=0.0)[None, :]
+    if SUMS:
+        for split in range(1, num_splits):
+            total += _multiply_split(
+                x_place, weight_place, is_row, is_output, split, split_size, num_inputs, ROWS,
+                OUTPUTS, STEP,
+            )  # fmt: skip
     place = (tl.program_id(1) * num_rows.to(tl.int64) + rows)[:, None] * num_outputs
     mask = is_row[:, None] & is_output[None, :]
     tl.store(out + place + outputs[None, :], total, mask=mask)
@@ -98,6 +119,7 @@ def add_norm(
     mask = d < D
     place = tl.program_id(0).to(tl.int64) * D + d
     row = tl.load(x + place, mask=mask, other=0.0)
+    factor = tl.load(weight + d, mask=mask, other=0.0)  # not waited for until all is summed
     if C > 0:
         row = row.to(tl.float32) + _sum_parts(parts, num_rows.to(tl.int64) * D, place, mask, C)
         row = row.to(x.dtype.element_ty)
@@ -105,7 +127,7 @@ def add_norm(
     row = row.to(tl.float32)
     scale = tl.rsqrt(tl.sum(row * row, 0) / D + eps)
     row = (row * scale).to(x.dtype.element_ty).to(tl.float32)
-    row *= tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
+    row *= factor.to(tl.float32)
     tl.store(normed + place, row, mask=mask)
 
 

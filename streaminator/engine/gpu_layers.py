@@ -38,6 +38,7 @@ class GpuLayer:
         """Raises: NotFusedError when its weights do not join."""
         self.index: int = layer.self_attn.layer_idx
         self.call = call
+        self.attended_shape = call.num_heads, call.shape.value_dim
         self.norm = layer.input_layernorm
         self._second_norm = layer.post_attention_layernorm
         self._head_norms = head_norms(layer.self_attn)
@@ -50,6 +51,7 @@ class GpuLayer:
         x: torch.Tensor,
         parts: torch.Tensor | None,
         rotary: Rotary,
+        attended: torch.Tensor,
         batch: Batch,
         cache: KVCache,
     ) -> torch.Tensor:
@@ -59,6 +61,7 @@ class GpuLayer:
             x: [T, D]; the sums of `parts` and of attention are added to it.
             parts: [C, T, D] of the layer before; None for the first.
             rotary: cosine and sine [T, H].
+            attended: [T, N, H], for what attention gives; rows of no sequence stay as they are, 0.
             batch: of T rows.
             cache: gets their keys and values.
 
@@ -67,7 +70,6 @@ class GpuLayer:
         qkv, output, gate_up, down = self.products
         pools = cache.pools(self.index)
         query, key, value = self._rotate(qkv(add_norm(x, parts, self.norm)), rotary, batch, pools)
-        attended = torch.zeros_like(query)  # rows of no sequence
         for group in batch.groups:
             attend_paged(
                 attended, query, key, value, pools, group,
@@ -111,7 +113,7 @@ def add_norm(x: torch.Tensor, parts: torch.Tensor | None, norm: Any) -> torch.Te
     gpu_kernels().add_norm[(num_rows,)](
         normed, x, x if parts is None else parts, norm.weight, num_rows, float(eps_of(norm)),
         D=dim, D_PADDED=next_power(dim), C=0 if parts is None else len(parts),
-        num_warps=8,
+        num_warps=16,
     )  # fmt: skip
     return normed
 
@@ -189,7 +191,8 @@ def _check_rows(layer: GpuLayer, decoder: Any, block_size: int) -> None:
         padded = x.new_zeros(batch.positions.shape[1], len(weight))
         padded[: num_rows - first] = x[first:]
         rotary = rotations_of(decoder, padded, batch.positions[0])
-        parts = layer(padded, None, rotary, batch, cache)
+        attended = padded.new_zeros(len(padded), *layer.attended_shape)
+        parts = layer(padded, None, rotary, attended, batch, cache)
         add_norm(padded, parts, layer.norm)
         rows.append(padded[num_rows - first - 1])
     if not torch.equal(*rows):
@@ -204,7 +207,8 @@ def _try_layer(
     fused = GpuLayer(layer, call, batch_invariant=batch_invariant)
 
     def run(x: torch.Tensor, rotary: Rotary, cache: KVCache, batch: Batch) -> torch.Tensor:
-        parts = fused(x, None, rotary, batch, cache)
+        attended = x.new_zeros(len(x), *fused.attended_shape)
+        parts = fused(x, None, rotary, attended, batch, cache)
         return x + parts.sum(0)
 
     try_layer(layer, decoder, call, block_size, [run])

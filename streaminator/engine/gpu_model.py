@@ -13,7 +13,7 @@ import torch
 
 from streaminator.engine.attention import LayerCall
 from streaminator.engine.batch import Batch
-from streaminator.engine.device import on_device
+from streaminator.engine.device import check_card, on_device
 from streaminator.engine.gpu_layers import GpuLayer, add_norm, fuse_gpu_layers
 from streaminator.engine.gpu_products import GpuProduct
 from streaminator.engine.kv_cache import KVCache
@@ -50,9 +50,13 @@ class GpuModel:
         """Logits [padded, V] of the batch's sampled rows; keys and values go to the cache."""
         with on_device(batch.input_ids.device):
             x, rotary = self.embed(batch.input_ids[0], batch.positions[0])
+            rooms: dict[tuple[int, ...], torch.Tensor] = {}
             parts = None
             for layer in self._layers:
-                parts = layer(x, parts, rotary, batch, cache)
+                shape = layer.attended_shape
+                if shape not in rooms:
+                    rooms[shape] = x.new_zeros(len(x), *shape)
+                parts = layer(x, parts, rotary, rooms[shape], batch, cache)
             x = add_norm(x, parts, self._parts.norm)
             return self._head(x.index_select(0, batch.sampled_rows))[0]
 
@@ -76,6 +80,7 @@ def fuse_gpu_model(
     except NotFusedError:
         raise
     except Exception as problem:  # compilers raise anything
+        check_card(model.get_input_embeddings().weight.device)
         raise NotFusedError(f"its kernels do not run ({kind_and_line(problem)})") from problem
 
 

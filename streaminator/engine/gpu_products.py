@@ -14,6 +14,7 @@ Used by: `gpu_layers`, `gpu_model`.
 """
 
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ _STEP_BYTES = 128
 of shared memory."""
 _FEW_TILES = 128
 """Fewer leave some of a card's processors without weights to read: the inputs are split, too."""
+_ENOUGH = 0.75
+"""Of these are enough: to write and read parts takes longer than the other processors would save."""
 _MOST_SPLITS = 8
 _LEAST_STEPS = 4
 """Of a split."""
@@ -87,7 +90,7 @@ class GpuProduct:
     @property
     def rows_in_one(self) -> int:
         """Rows from which there are tiles enough without splitting the inputs."""
-        return _HIGH_ROWS * -(-_FEW_TILES // self._num_tiles)
+        return _HIGH_ROWS * math.ceil(_ENOUGH * _FEW_TILES / self._num_tiles)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [C, T, D']; of float32 where there may be several parts."""
@@ -96,13 +99,14 @@ class GpuProduct:
         num_rows, (num_outputs, num_inputs) = len(x), self._weight.shape
         height = _LOW_ROWS if num_rows <= _LOW_ROWS else _HIGH_ROWS
         num_tiles = -(-num_rows // height) * self._num_tiles
-        num_parts = self._num_splits if num_tiles < _FEW_TILES else 1
+        num_parts = self._num_splits if num_tiles < _ENOUGH * _FEW_TILES else 1
         dtype = torch.float32 if self._num_splits > 1 else x.dtype
         out = x.new_empty(num_parts, num_rows, num_outputs, dtype=dtype)
         gpu_kernels().multiply[num_tiles, num_parts](
             out, x.contiguous(), self._weight, x if self._bias is None else self._bias,
             num_rows, num_outputs, num_inputs, self._split_size, self._num_splits,
             ROWS=height, OUTPUTS=_OUTPUTS, STEP=self._step, HAS_BIAS=self._bias is not None,
+            SUMS=num_parts < self._num_splits,
             num_warps=height // 16, num_stages=4 if height == _LOW_ROWS else 3,
         )  # fmt: skip
         return out

@@ -57,11 +57,13 @@ class KVCache:
         return self._pieces[0].shape[1]
 
     def grow(self, num_blocks: int) -> None:
-        """Add blocks, up to `num_blocks`; what is stored stays."""
-        for index, old in enumerate(self._pieces):
+        """Add blocks, up to `num_blocks`; what is stored stays. Out of memory, all is as it was."""
+        pieces = []
+        for old in self._pieces:
             new = self._zeros(old.shape[0], num_blocks, *old.shape[2:])
             new[:, : old.shape[1]] = old
-            self._pieces[index] = new
+            pieces.append(new)
+        self._pieces = pieces
         self._map_layers()
 
     def _zeros(self, *shape: int) -> torch.Tensor:
@@ -115,7 +117,7 @@ class KVCache:
                 for block in blocks:
                     piece[:, block].zero_()
             return
-        index = torch.tensor(blocks, dtype=torch.int64, pin_memory=True)
+        index = torch.tensor(blocks, dtype=torch.int64, device="cpu", pin_memory=True)
         index = index.to(self._options["device"], non_blocking=True)
         for piece in self._pieces:
             piece.index_fill_(1, index, 0)

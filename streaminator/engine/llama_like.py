@@ -9,7 +9,7 @@ Used by: `fused_layers`, `fused_model` (CPU), `gpu_layers`, `gpu_model`.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -129,15 +129,25 @@ def try_layer(
 
 @contextmanager
 def _in_full_float32() -> Iterator[None]:
-    """Whatever a trainer in the same process has asked of products."""
+    """Whatever a trainer in the same process has asked of products.
+
+    PyTorch has two interfaces for that, and raises where one of them is read and they disagree.
+    """
     mkldnn: Any = torch.backends.mkldnn
     backends = torch.backends.cuda.matmul, mkldnn.matmul
     before = [backend.fp32_precision for backend in backends]
+    older = None
+    with suppress(RuntimeError):
+        older = torch.get_float32_matmul_precision()
     try:
+        if older is not None:
+            torch.set_float32_matmul_precision("highest")
         for backend in backends:
             backend.fp32_precision = "ieee"
         yield
     finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
 

@@ -19,7 +19,7 @@ from streaminator.engine.attention import NAME, LayerCall, Stream, attention
 from streaminator.engine.batch import ROW_MULTIPLE, Batch, Newest, pack
 from streaminator.engine.checkpoint import load_model
 from streaminator.engine.compile_kernels import KernelsMissingError
-from streaminator.engine.device import resolve_device, resolve_dtype
+from streaminator.engine.device import resolve_device, resolve_dtype, with_index
 from streaminator.engine.fused_model import FusedModel, fuse_model
 from streaminator.engine.gpu_model import GpuModel, fuse_gpu_model
 from streaminator.engine.gpu_sampling import GpuSampling
@@ -31,7 +31,7 @@ from streaminator.engine.paged_trial import why_not_paged
 from streaminator.engine.reproducible import separate_expert_rows
 from streaminator.engine.sampler import SamplingKernels
 from streaminator.engine.step_graphs import CudaCapture, StepGraphs
-from streaminator.errors import ConfigError, ModelError, first_line
+from streaminator.errors import ConfigError, DeviceError, ModelError, first_line
 from streaminator.sequence import Sequence
 
 AttentionInterface.register(NAME, attention)
@@ -46,16 +46,22 @@ class ModelRunner:
         """Load the weights.
 
         Raises:
-            DeviceError: the device is not there.
+            DeviceError: the device is not there, or too small.
             ModelError: not a causal model, or one whose attention cannot be replaced.
         """
-        self.device = resolve_device(config.device)
+        self.device = with_index(resolve_device(config.device))
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.model: Any = load_model(config, self.dtype, NAME)
-        self.model.to(self.device).eval()
+        try:
+            self.model.to(self.device).eval()
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"{config.model_name} does not fit into the memory of {self.device} "
+                f"({self.dtype}: {first_line(error)}); give a smaller model or another --device"
+            ) from error
         if self.device.type == "cpu":
             separate_expert_rows(self.model)
-        self._resident = -math.inf, 0
+        self._in_use = -math.inf, 0
         self._packs = config.packed_linear and self.device.type == "cpu"
         self._has_kernels = self._packs and config.compiled_kernels
         self.sampling_kernels: SamplingKernels | None = None
@@ -294,12 +300,11 @@ class ModelRunner:
 
     def memory_in_use(self) -> int:
         """Bytes: torch's on a GPU, this process's resident set on a CPU, as of 0.1 s ago at most."""
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        read_at, num_bytes = self._resident
-        if time.monotonic() - read_at > 0.1:
-            num_bytes = _resident_bytes()
-            self._resident = time.monotonic(), num_bytes
+        read_at, num_bytes = self._in_use
+        if time.monotonic() - read_at > 0.1:  # either takes a tenth of a millisecond
+            is_cuda = self.device.type == "cuda"
+            num_bytes = torch.cuda.memory_allocated(self.device) if is_cuda else _resident_bytes()
+            self._in_use = time.monotonic(), num_bytes
         return num_bytes
 
     @property
@@ -376,6 +381,7 @@ def _resident_bytes() -> int:
 def _free_bytes(device: torch.device) -> int:
     """Memory the KV cache may take: most of what is free on a GPU, a third on a CPU."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps for later is not free by its count
         return int(torch.cuda.mem_get_info(device)[0] * 0.85)
     name = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") // 3

@@ -12,6 +12,7 @@ import torch
 
 from streaminator.engine.attention import LayerCall, Stream, attention
 from streaminator.engine.batch import AttentionGroup, Batch
+from streaminator.engine.device import check_card
 from streaminator.engine.kv_cache import KVCache
 from streaminator.engine.paged_attention import has_triton
 from streaminator.errors import kind_and_line
@@ -27,6 +28,8 @@ def why_not_paged(calls: Iterable[LayerCall], block_size: int, device: torch.dev
     """Why the kernels cannot be used for layers that attend so; None: they can.
 
     Whatever goes wrong in here, from a missing compiler to a wrong number, the other path is there.
+
+    Raises: DeviceError where a kernel has left the card out of order.
     """
     if not has_triton():
         return "Triton is not installed"
@@ -36,6 +39,7 @@ def why_not_paged(calls: Iterable[LayerCall], block_size: int, device: torch.dev
         try:
             error = _error(call, block_size, device)
         except Exception as problem:  # noqa: BLE001 - compilers raise anything
+            check_card(device)
             return f"its kernels do not run ({kind_and_line(problem)})"
         if not error <= _TOLERANCE[call.dtype]:
             return f"its kernels are off by {error:.2g} on this card for {call}"
@@ -82,7 +86,7 @@ def _error(call: LayerCall, block_size: int, device: torch.device) -> float:
 
 def _make_batch(block_size: int, device: torch.device) -> tuple[Batch, int]:
     """Verified drafts, one of them shorter than the others, with splits and without; then second
-    choices. Returns the number of blocks, too.
+    choices, also with one split. Returns the number of blocks, too.
     """
 
     def tensor(values: Any) -> torch.Tensor:
@@ -116,7 +120,12 @@ def _make_batch(block_size: int, device: torch.device) -> tuple[Batch, int]:
             None,
             has_own_keys=True,
         ),
-    ]
+        # One split: the second row that was left out above.
+        AttentionGroup(
+            tensor(rows[1:2, 4:] * 0 + 9), tensor(table[:1, :short]), tensor([[11]]), None,
+            has_own_keys=True,
+        ),
+    ]  # fmt: skip
     none = tensor([])
     batch = Batch(
         none,

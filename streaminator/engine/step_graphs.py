@@ -11,6 +11,7 @@ Used by: `model_runner`.
 
 import gc
 import logging
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -82,7 +83,9 @@ class CudaCapture:
     def _try(self, work: Work) -> None:
         """Find out whether the host waits for the device in it: a capture that fails leaves damage."""
         mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         try:
             work()
         finally:

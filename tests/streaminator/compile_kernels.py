@@ -18,7 +18,7 @@ from streaminator.engine import (
     paged_kernels,
     sampling_kernels,
 )
-from streaminator.engine.paged_attention import SPLIT, key_step, tile_height
+from streaminator.engine.paged_attention import SPLIT, key_step, num_stages, tile_height
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 NUMBERS = {
@@ -76,23 +76,25 @@ def compile_paged(capability):
             "TILE": tile_height(num_groups, dim, dtype), "STEP": key_step(dim, dtype),
             "HAS_SOFTCAP": has_softcap, "HAS_OWN": has_own,
         }  # fmt: skip
-        yield shared_memory(paged_kernels.attend, capability, dtype, 4, **constants)
+        stages = num_stages(dim, dtype)
+        yield shared_memory(paged_kernels.attend, capability, dtype, 4, stages, **constants)
 
 
 def compile_layers(capability):
     low, high = gpu_products._LOW_ROWS, gpu_products._HIGH_ROWS
-    for dtype, rows, num_stages, has_bias in (
+    for dtype, rows, stages, has_bias in (
         (torch.bfloat16, low, 4, False),
         (torch.float16, high, 3, True),
     ):
         step = gpu_products._STEP_BYTES // dtype.itemsize
         constants = {"ROWS": rows, "OUTPUTS": 128, "STEP": step, "HAS_BIAS": has_bias}
-        yield shared_memory(
-            gpu_kernels.multiply, capability, dtype, rows // 16, num_stages, **constants
-        )
+        for sums in (False, True):
+            yield shared_memory(
+                gpu_kernels.multiply, capability, dtype, rows // 16, stages, **constants, SUMS=sums
+            )
     bf16 = torch.bfloat16
     norm = {"D": 3072, "D_PADDED": 4096, "C": 6}
-    yield shared_memory(gpu_kernels.add_norm, capability, bf16, 8, **norm)
+    yield shared_memory(gpu_kernels.add_norm, capability, bf16, 16, **norm)
     silu = {"D": 8192, "SIZE": 1024, "C": 1}
     yield shared_memory(gpu_kernels.silu_mul, capability, bf16, 4, **silu)
     rotate = {"N": 24, "K": 8, "H": 128, "HALF_PADDED": 64, "HEADS": 8, "HAS_NORMS": True, "C": 4}
@@ -108,7 +110,7 @@ def compile_sampling(capability):
         flags = {"IS_GREEDY": is_greedy, "HAS_REST": not is_greedy}
         yield shared_memory(sampling_kernels.draw, capability, bf16, 1, **constants, **flags)
     rest = {"C": 64, "BLOCK": gpu_sampling._BLOCK}
-    yield shared_memory(sampling_kernels.settle, capability, bf16, 8, **rest)
+    yield shared_memory(sampling_kernels.settle, capability, bf16, 16, **rest)
 
 
 if __name__ == "__main__":

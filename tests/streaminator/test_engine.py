@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How completions end, how they fail, and what the speculators learn."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from streaminator.config import EngineConfig, SamplingParams, SpeculatorConfig
+from streaminator.engine.kv_cache import KVCache
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.sequence import FinishReason, Prompt
 from streaminator.speculative.store import SpeculatorStore
@@ -256,7 +259,40 @@ def test_a_prompt_longer_than_the_cache_was_sized_for_still_runs(
     assert len(completion.token_ids) == MAX_LENGTH
 
 
+def test_a_prompt_for_which_no_memory_is_left_fails_and_the_others_run(
+    llama: ModelRunner, free: Draws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width = EngineConfig(stream_width=1)
+    engine = make_engine(llama, sampling=FREE, engine=width, max_prompt_length=64)
+
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(KVCache, "_zeros", fails)
+    long = make_prompt("long", random_tokens(CONTEXT - MAX_LENGTH, seed=1))
+    drawn = drain(engine, [long, PROMPTS[0]])
+    failed = drawn.pop(("long", 0))
+    assert failed.finish_reason is FinishReason.FAILED
+    assert "memory is short (CUDA out of memory" in (failed.error or "")
+    name = PROMPTS[0].prompt_id
+    assert tokens(drawn) == {key: ids for key, ids in tokens(free).items() if key[0] == name}
+
+
 # Prompts come and go
+
+
+def test_an_engine_that_is_given_up_frees_its_cache_at_once(llama: ModelRunner) -> None:
+    """The next one sizes its own by what is free."""
+    gc.collect()
+    gc.disable()
+    try:
+        engine = make_engine(llama, tokenizer=TOKENIZER, sampling=FREE)
+        assert list(engine.run(PROMPTS))
+        cache = weakref.ref(engine._cache)
+        del engine
+        assert cache() is None
+    finally:
+        gc.enable()
 
 
 def test_run_yields_every_completion_as_it_finishes(llama: ModelRunner, free: Draws) -> None:

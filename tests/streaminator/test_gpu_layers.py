@@ -260,17 +260,26 @@ def test_products_can_be_pytorchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_a_trainer_has_asked_of_products_stays_and_does_not_matter() -> None:
+@pytest.mark.parametrize("interface", ["older", "newer"])
+def test_what_a_trainer_has_asked_of_products_stays_and_does_not_matter(interface: str) -> None:
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = torch.backends.fp32_precision
     try:
-        torch.backends.fp32_precision = "tf32"
+        if interface == "older":
+            torch.set_float32_matmul_precision("high")
+        else:
+            torch.backends.fp32_precision = "tf32"
         asked = [backend.fp32_precision for backend in backends]
         with llama_like._in_full_float32():
             assert [backend.fp32_precision for backend in backends] == ["ieee"] * 2
+            # What a product asks; it raises where the interfaces disagree.
+            assert not torch.backends.cuda.matmul.allow_tf32
         assert [backend.fp32_precision for backend in backends] == asked
+        if interface == "older":
+            assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.backends.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
         for backend in backends:
             backend.fp32_precision = "none"
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from streaminator.config import EngineConfig, ModelConfig, SamplingParams, SpeculatorConfig
-from streaminator.engine import paged_trial
+from streaminator.engine import paged_attention, paged_trial
 from streaminator.engine.attention import LayerCall
-from streaminator.engine.batch import AttentionGroup
+from streaminator.engine.batch import MOST_SHORT, AttentionGroup
 from streaminator.engine.kv_cache import LayerShape
 from streaminator.engine.model_runner import ModelRunner
-from streaminator.engine.paged_attention import SPLIT, attend_paged, has_triton
+from streaminator.engine.paged_attention import attend_paged, has_triton
 from streaminator.engine.paged_trial import why_not_paged
 from tests.fakes import draw, make_prompt, random_tokens, save_model
 
@@ -25,6 +25,7 @@ needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 BLOCK = 16
+SPLIT = 512 if torch.cuda.is_available() else 256  # see `interpreter`
 SPLIT_EDGES = [0, BLOCK - 1, SPLIT - 1, SPLIT, 2 * SPLIT - 3, 600]
 """Positions of first queries."""
 
@@ -159,6 +160,23 @@ def test_a_long_chunk_goes_in_pieces(monkeypatch):
     case.check()
 
 
+@pytest.mark.parametrize(
+    ("num_lines", "num_queries"), [(1, 1), (64, 1), (64, 17), (63, 9), (3, 40), (1, 2000), (2, 999)]
+)
+@pytest.mark.parametrize("bytes_per_query", [0, 5_000, 500_000, 2**23])
+def test_pieces_are_all_there_is_and_read_the_keys_of_a_draft_once(
+    num_lines, num_queries, bytes_per_query
+):
+    count = torch.zeros(num_lines, num_queries)
+    reads = torch.zeros(num_lines)
+    for lines, queries in paged_attention._pieces(num_lines, num_queries, bytes_per_query):
+        count[lines, queries] += 1
+        reads[lines] += 1
+    assert (count == 1).all()
+    if num_queries <= MOST_SHORT or not bytes_per_query:
+        assert (reads == 1).all()
+
+
 @needs_triton
 @pytest.mark.parametrize("window", [1, 16, 17, SPLIT, 300])
 def test_a_window_hides_what_lies_before_it(window):
@@ -278,7 +296,7 @@ def test_the_kernels_compile_for_cards_that_are_not_here(tmp_path):
         output, errors = program.communicate(timeout=300)
         assert program.returncode == 0, errors
         used = [int(line) for line in output.split()]
-        assert len(used) == 5 + 5 + 5
+        assert len(used) == 5 + 7 + 5
         assert max(used) <= 99 * 1024  # what the smallest of these cards give one program
 
 

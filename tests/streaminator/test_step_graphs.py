@@ -9,16 +9,18 @@ import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from streaminator.config import EngineConfig, ModelConfig, SamplingParams, SpeculatorConfig
-from streaminator.engine import sampler, step_graphs
+from streaminator.engine import sampler, step_costs, step_graphs
 from streaminator.engine.batch import Batch
 from streaminator.engine.kv_cache import KVCache
 from streaminator.engine.model_runner import ModelRunner
 from streaminator.engine.paged_attention import has_triton
+from streaminator.engine.step_costs import measure_step_costs
 from streaminator.engine.step_graphs import MEETINGS_TO_REPLACE, StepGraphs, Work
 from streaminator.sequence import Prompt, Sequence
 from tests.fakes import (
@@ -269,6 +271,34 @@ def test_steps_of_one_shape_have_their_numbers_in_the_same_places(folder: Path) 
         assert torch.equal(mine.query_positions, theirs.query_positions)
     assert torch.equal(one.input_ids, other.input_ids)
     assert torch.equal(one.sampled_rows, other.sampled_rows)
+
+
+def test_step_costs_are_those_of_replayed_steps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that is captured takes several times as long."""
+    runner = paged_runner(folder, Captures())
+    taken: list[tuple[int, bool]] = []
+    step = step_costs._step
+
+    def spied(*args: Any) -> float:
+        seconds = step(*args)
+        taken.append((args[3], runner.was_usual))
+        return seconds
+
+    monkeypatch.setattr(step_costs, "_step", spied)
+    measure_step_costs(runner, STREAM, SAMPLING, stream_width=2, max_draft=3, num_top=0)
+    assert len({size for size, _ in taken}) > 1
+    assert all(was_usual for _, was_usual in taken)
+
+
+def test_the_longest_draft_is_padded_like_the_others(folder: Path) -> None:
+    """A group of its own would be another shape for each number of such drafts."""
+    runner = paged_runner(folder, Captures())
+    runner._use_paged[BLOCK] = True
+    longest = SpeculatorConfig().max_draft
+    (group,) = runner.pack([*step_of(longest), *step_of(1)], BLOCK).groups
+    assert group.rows.shape == (2, longest + 1)
 
 
 @pytest.mark.gpu
