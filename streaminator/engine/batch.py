@@ -30,7 +30,7 @@ longest draft is of 16 tokens."""
 
 _QUERIES = (1, 4, MOST_SHORT)  # per sequence, that a padded step's are padded to; then 64, 256 ...
 _MOST_PADDED = 1024  # tokens: longer steps keep a GPU busy for longer than their launches take
-_KEYS = 256  # a padded step's block tables have room for 1, 2, 4 ... times as many
+_KEYS = 512  # a padded step's block tables have room for 1, 2, 4 ... times as many
 _NUM_FACTS = 8  # of a sequence, see `lay_out`
 _ALIGNMENT = 16  # numbers; Triton compiles anew for pointers that are not multiples of 16 bytes
 
