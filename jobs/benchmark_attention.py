@@ -96,16 +96,18 @@ def _measure(
     )
     module: Any = SimpleNamespace(layer_idx=0)
     queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))
-    output = torch.empty_like(queries)
+    output = queries.new_empty(queries.shape)
+    cache.write(0, slots.flatten(), keys, values)
 
-    def paged() -> None:
+    def paged() -> torch.Tensor:
         attend_paged(
             output, queries, keys, values, cache.pools(0), group,
             scale=call.scale, window=None, softcap=None,
         )  # fmt: skip
+        return output
 
-    def gathered() -> None:
-        attention(module, query, key, value, stream=Stream(packed, cache, False))
+    def gathered() -> torch.Tensor:
+        return attention(module, query, key, value, stream=Stream(packed, cache, False))[0][0]
 
     return _seconds([paged, gathered])
 
