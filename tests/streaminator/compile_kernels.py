@@ -1,119 +1,134 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the kernels for NVIDIA cards of the given capabilities; prints shared memory.
+"""Compile for an NVIDIA card of a given capability what this project would launch on it.
+
+The host's code runs as on a card, on tensors in memory; what it launches is compiled, and not run.
+Prints each kernel, how often it was compiled, and the most shared memory that it takes.
 
 A program of its own, because Triton either interprets or compiles for as long as it is imported.
 """
 
 import sys
+from collections import defaultdict
+from dataclasses import replace
 
 import torch
-import triton
+from transformers import LlamaConfig, LlamaForCausalLM
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-from streaminator.engine import (
-    gpu_kernels,
-    gpu_products,
-    gpu_sampling,
-    paged_kernels,
-    sampling_kernels,
-)
-from streaminator.engine.paged_attention import SPLIT, key_step, num_stages, tile_height
+from streaminator.engine.attention import LayerCall
+from streaminator.engine.batch import pack
+from streaminator.engine.gpu_layers import GpuLayer
+from streaminator.engine.gpu_model import GpuModel
+from streaminator.engine.gpu_products import GpuProduct
+from streaminator.engine.gpu_sampling import GpuSampling
+from streaminator.engine.kv_cache import KVCache, LayerShape
+from streaminator.engine.llama_like import parts_of
+from streaminator.engine.paged_trial import why_not_paged
+from streaminator.sequence import Prompt, Sequence
 
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-NUMBERS = {
-    **dict.fromkeys(("parts", "log_sums", "qkv", "out"), "*fp32"),
-    **dict.fromkeys(("tops", "totals", "logprobs", "top_probs"), "*fp32"),
-    "log_totals": "*fp64",
-    **dict.fromkeys(("rows", "positions", "table", "slots"), "*i64"),
-    **dict.fromkeys(("groups", "keys_of", "candidates", "noise_keys", "tokens", "top_ids"), "*i64"),
-    **dict.fromkeys(("scale", "softcap", "eps", "temperature"), "fp32"),
-    **dict.fromkeys(("size", "num_top", "num_pieces"), "i32"),
-}
-"""Other arguments are of the model's type, or, if they are named so, integers."""
-INTEGERS = ("_token", "_head", "_size", "_splits", "_inputs", "_outputs", "_rows", "_slots")
-ALIGNED = ("_token", "_head", "_size", "_inputs", "_outputs")
-
-
-def kind_of(name, dtype):
-    if name in NUMBERS:
-        return NUMBERS[name]
-    is_integer = name.endswith(INTEGERS) or name in ("num_queries", "line", "num_blocks", "window")
-    return "i32" if is_integer else "*" + NAMES[dtype]
+BLOCK = 16
+CPU = torch.device("cpu")
+# A layer of Llama 3.2 3B; the vocabulary is another one's, for 128k take long on a CPU.
+CONFIG = LlamaConfig(
+    hidden_size=3072, intermediate_size=8192, num_hidden_layers=1, num_attention_heads=24,
+    num_key_value_heads=8, head_dim=128, vocab_size=32000, tie_word_embeddings=True,
+)  # fmt: skip
+CALL = LayerCall(24, LayerShape(8, 128, 128), torch.bfloat16, None, None, None)
+STEPS = ((64, 400, 0, 0), (64, 400, 4, 3), (3, 1500, 8, 1), (1, 20, 0, 0), (2, 1, 299, 0))
+"""Sequences, tokens of each in the cache, drafts of each, and how many have a second choice."""
 
 
-def shared_memory(kernel, capability, dtype, num_warps, num_stages=2, **constants):
-    signature = {
-        name: "constexpr" if name in constants else kind_of(name, dtype)
-        for name in kernel.arg_names
-    }
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.endswith(ALIGNED)
-    }
-    compiled = triton.compile(
-        ASTSource(kernel, signature, places, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
-    )
-    return compiled.metadata.shared
+class Card:
+    """What Triton asks of a driver, to compile."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return CPU
 
 
-def compile_paged(capability):
-    merge = {"N": 32, "V": 128, "V_PADDED": 128, "SPLIT": SPLIT}
-    yield shared_memory(paged_kernels.merge, capability, torch.bfloat16, 1, **merge)
-    for dtype, num_groups, dim, padded, has_own, has_softcap in (
-        (torch.bfloat16, 4, 128, 128, False, False),
-        (torch.bfloat16, 4, 128, 128, True, True),
-        (torch.float16, 1, 80, 128, False, False),
-        (torch.float32, 4, 128, 128, False, False),
+def sequences(num, num_cached, num_drafts, num_seconds):
+    prompt = Prompt(prompt_id="", token_ids=(0,), text="", question="")
+    blocks = [1] * -(-(num_cached + num_drafts + 1) // BLOCK)
+    return [
+        Sequence(
+            prompt, 0, [0] * (num_cached + 1), 0, 0, 0.0,
+            block_table=blocks, num_cached_tokens=num_cached, num_scheduled_tokens=1,
+            draft=[0] * num_drafts, alternatives={0: 0} if index < num_seconds else {},
+        )
+        for index in range(num)
+    ]  # fmt: skip
+
+
+def run_model(dtype, steps):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(CONFIG).to(dtype)
+    rotary = type(model.model.rotary_emb)(CONFIG)
+    model = model.to_empty(device=CPU)
+    model.model.rotary_emb = rotary
+    model.tie_weights()
+    call = replace(CALL, dtype=dtype)
+    layers = [GpuLayer(layer, call, batch_invariant=True) for layer in model.model.layers]
+    parts = parts_of(model, dtype)
+    head = GpuProduct([parts.head], batch_invariant=True, most_splits=1)
+    fused = GpuModel(parts, layers, head)
+    cache = KVCache({0: CALL.shape}, num_blocks=2, block_size=BLOCK, dtype=dtype, device=CPU)
+    for step in steps:
+        for pads in (True, False):
+            batch = pack(sequences(*step), block_size=BLOCK, device=CPU, pads=pads)
+            fused(batch, cache)
+
+
+def draw(dtype):
+    logits, keys = torch.zeros(8, CONFIG.vocab_size, dtype=dtype), torch.arange(8)
+    for temperature in (0.0, 0.8):
+        for num_candidates, num_top in ((64, 8), (1, 0)):
+            GpuSampling(dtype).sample(
+                logits, keys, keys,
+                temperature=temperature, num_candidates=num_candidates, num_top=num_top,
+            )  # fmt: skip
+
+
+@torch.inference_mode()
+def main(capability: int) -> None:
+    driver.set_active(Card(capability))
+    shared, variants = defaultdict(int), defaultdict(set)
+
+    def launcher(kernel, grid):
+        def launch(*args, **options):
+            compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+            shared[kernel.__name__] = max(shared[kernel.__name__], compiled.metadata.shared)
+            variants[kernel.__name__].add(compiled.hash)
+
+        return launch
+
+    JITFunction.__getitem__ = launcher
+    run_model(torch.bfloat16, STEPS)
+    run_model(torch.float32, STEPS[1:2])  # as layers are tried
+    for dtype in (torch.bfloat16, torch.float16):
+        draw(dtype)
+    for call in (
+        replace(CALL, num_heads=32, softcap=50.0, sliding_window=4096),
+        replace(CALL, num_heads=8, shape=LayerShape(8, 80, 80), dtype=torch.float16),
+        replace(CALL, num_heads=8, shape=LayerShape(4, 256, 256)),
+        replace(CALL, num_heads=32, dtype=torch.float32),
     ):
-        constants = {
-            "K": 8, "G": num_groups, "S": 16, "H": dim, "V": dim,
-            "H_PADDED": padded, "V_PADDED": padded, "SPLIT": SPLIT,
-            "TILE": tile_height(num_groups, dim, dtype), "STEP": key_step(dim, dtype),
-            "HAS_SOFTCAP": has_softcap, "HAS_OWN": has_own,
-        }  # fmt: skip
-        stages = num_stages(dim, dtype)
-        yield shared_memory(paged_kernels.attend, capability, dtype, 4, stages, **constants)
-
-
-def compile_layers(capability):
-    low, high = gpu_products._LOW_ROWS, gpu_products._HIGH_ROWS
-    for dtype, rows, stages, has_bias in (
-        (torch.bfloat16, low, 4, False),
-        (torch.float16, high, 3, True),
-    ):
-        step = gpu_products._STEP_BYTES // dtype.itemsize
-        constants = {"ROWS": rows, "OUTPUTS": 128, "STEP": step, "HAS_BIAS": has_bias}
-        for sums in (False, True):
-            yield shared_memory(
-                gpu_kernels.multiply, capability, dtype, rows // 16, stages, **constants, SUMS=sums
-            )
-    bf16 = torch.bfloat16
-    norm = {"D": 3072, "D_PADDED": 4096, "C": 6}
-    yield shared_memory(gpu_kernels.add_norm, capability, bf16, 16, **norm)
-    silu = {"D": 8192, "SIZE": 1024, "C": 1}
-    yield shared_memory(gpu_kernels.silu_mul, capability, bf16, 4, **silu)
-    rotate = {"N": 24, "K": 8, "H": 128, "HALF_PADDED": 64, "HEADS": 8, "HAS_NORMS": True, "C": 4}
-    yield shared_memory(gpu_kernels.rotate, capability, bf16, 4, **rotate)
-
-
-def compile_sampling(capability):
-    bf16, groups = torch.bfloat16, {"GROUPS": 64, "GROUP": 64}
-    yield shared_memory(sampling_kernels.scan, capability, bf16, 8, **groups)
-    yield shared_memory(sampling_kernels.gather, capability, bf16, 8, **groups)
-    constants = {"C": 64, "C_PADDED": 64, "P_PADDED": 32}
-    for is_greedy in (False, True):
-        flags = {"IS_GREEDY": is_greedy, "HAS_REST": not is_greedy}
-        yield shared_memory(sampling_kernels.draw, capability, bf16, 1, **constants, **flags)
-    rest = {"C": 64, "BLOCK": gpu_sampling._BLOCK}
-    yield shared_memory(sampling_kernels.settle, capability, bf16, 16, **rest)
+        why_not_paged([call], BLOCK, CPU)  # it says that they are wrong: nothing was computed
+    for name in sorted(shared):
+        sys.stdout.write(f"{name} {len(variants[name])} {shared[name]}\n")
 
 
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        for compile_some in (compile_paged, compile_layers, compile_sampling):
-            sys.stdout.write("".join(f"{used}\n" for used in compile_some(int(argument))))
+    main(int(sys.argv[1]))

@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paged kernels against float64: in Triton's interpreter, or on the card if there is one."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -273,31 +269,6 @@ def test_kernels_that_are_wrong_or_do_not_run_are_not_used(monkeypatch):
     assert "(RuntimeError: no C compiler)" in why_not_paged([CALL], BLOCK, DEVICE)
     monkeypatch.setattr(paged_trial, "has_triton", lambda: False)
     assert "not installed" in why_not_paged([CALL], BLOCK, DEVICE)
-
-
-COMPILE = Path(__file__).with_name("compile_kernels.py")
-
-
-@needs_triton
-def test_the_kernels_compile_for_cards_that_are_not_here(tmp_path):
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    programs = [
-        subprocess.Popen(
-            [sys.executable, str(COMPILE), capability],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for capability in ("80", "90")
-    ]
-    for program in programs:
-        output, errors = program.communicate(timeout=300)
-        assert program.returncode == 0, errors
-        used = [int(line) for line in output.split()]
-        assert len(used) == 5 + 7 + 5
-        assert max(used) <= 99 * 1024  # what the smallest of these cards give one program
 
 
 def runner_of(folder, *, paged, dtype="float32"):
