@@ -19,7 +19,7 @@ sample: setup
 
 # In two processes, whatever the machine; ARGS="-n 0 -k name" runs few tests sooner.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 # Ray workers, nodes, drivers and submitted jobs that are killed; CHAOS_ROUNDS=20 for more of it.
 test-ray: setup

@@ -22,6 +22,7 @@ from streaminator.errors import (
     Terminated,
     WorkerDiedError,
 )
+from streaminator.terminal import say
 
 
 def main() -> int:
@@ -88,17 +89,17 @@ def main_program(
     try:
         return body(sys.argv[1:])
     except InputError as error:
-        sys.stderr.write(f"{name}: {error}\n")
+        say(f"{name}: {error}")
         return 2
     except WorkerDiedError as error:
-        sys.stderr.write(f"{name}: {error}{advice}\n")
+        say(f"{name}: {error}{advice}")
         return 1
     except StreaminatorError as error:
-        sys.stderr.write(f"{name}: {error}\n")
+        say(f"{name}: {error}")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write(f"{name}: interrupted{advice}\n")
+        say(f"{name}: interrupted{advice}")
         return 130
     except Terminated:
-        sys.stderr.write(f"{name}: terminated{advice}\n")
+        say(f"{name}: terminated{advice}")
         return 143

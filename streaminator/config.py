@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
+from streaminator.config_check import check_types, require
 from streaminator.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -26,11 +27,6 @@ def _option(
 ) -> Any:
     metadata = {"help": help, "tokens": tokens, "choices": choices, "auto": auto}
     return field(default=default, metadata=metadata)
-
-
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"--{name} {value}: must be {allowed}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,18 +47,21 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Raises: ConfigError naming the setting and the allowed range."""
-        _require(
+        check_types(self)
+        require(
             self.temperature == 0 or 1e-4 <= self.temperature <= 1e4,
             "temperature",
             self.temperature,
             "0 (greedy), or between 0.0001 and 10000",
         )
-        _require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
-        _require(self.max_length >= 1, "max_length", self.max_length, "1 or more")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")
-        _require(all(self.stop), "stop", "''", "a non-empty string")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        require(self.max_length >= 1, "max_length", self.max_length, "1 or more")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2**63 - 1")
+        require(all(self.stop), "stop", "''", "a non-empty string")
+        least = min(self.stop_token_ids, default=0)
+        require(least >= 0, "stop_token_ids", least, "0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +110,10 @@ class ModelConfig:
         tokens=True,
     )
 
+    def __post_init__(self) -> None:
+        """Raises: ConfigError naming the setting and what is allowed."""
+        check_types(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
@@ -138,7 +141,7 @@ class DataConfig:
         tokens=True,
     )
     id_column: str | None = _option(
-        None, "column of a unique prompt id; default: a hash of the prompt", tokens=True
+        None, "column of a unique prompt id; default: a hash of question and answer", tokens=True
     )
     metadata_columns: tuple[str, ...] = _option((), "columns to copy into the output")
     chat_template: bool = _option(
@@ -163,16 +166,22 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises: ConfigError naming the setting and the allowed range."""
-        _require(
+        check_types(self)
+        require(
             self.num_samples is None or self.num_samples >= 1,
             "num_samples",
             self.num_samples,
             "1 or more",
         )
-        _require(self.num_completions >= 1, "num_completions", self.num_completions, "1 or more")
-        _require(self.num_few_shot >= 1, "num_few_shot", self.num_few_shot, "1 or more")
+        require(
+            1 <= self.num_completions <= 1_000_000,
+            "num_completions",
+            self.num_completions,
+            "between 1 and 1000000",
+        )
+        require(self.num_few_shot >= 1, "num_few_shot", self.num_few_shot, "1 or more")
         settled = self.stop_when_settled
-        _require(
+        require(
             settled is None or 0.5 <= settled < 1,
             "stop_when_settled",
             settled,
@@ -189,7 +198,8 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """The stream: its width and its memory. Changes speed, never a token."""
+    """The stream: its width and its memory. Changes speed, never a token; but for `block_size`, where
+    it decides whether a CPU's layers can be fused."""
 
     stream_width: int | None = _option(
         None,
@@ -211,7 +221,9 @@ class EngineConfig:
         "and more where slots would stay empty",
         auto=True,
     )
-    block_size: int = _option(16, "tokens per KV block")
+    block_size: int = _option(
+        16, "tokens per KV block; on a CPU only 16 lets layers be fused", tokens=True
+    )
     num_blocks: int | None = _option(None, "KV blocks; default: sized by width and free memory")
     kv_memory: float | None = _option(
         None,
@@ -220,35 +232,39 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Raises: ConfigError naming the setting and the allowed range."""
-        _require(
-            self.stream_width is None or self.stream_width >= 1,
+        check_types(self)
+        require(
+            self.stream_width is None or 1 <= self.stream_width <= 65536,
             "stream_width",
             self.stream_width,
-            "1 or more, or auto",
+            "between 1 and 65536, or auto",
         )
-        _require(
+        require(
             self.max_batched_tokens >= 1, "max_batched_tokens", self.max_batched_tokens, "1 or more"
         )
-        _require(
+        require(
             self.in_flight_per_prompt is None or self.in_flight_per_prompt >= 1,
             "in_flight_per_prompt",
             self.in_flight_per_prompt,
             "1 or more, or auto",
         )
-        _require(
+        require(
             self.block_size >= 16 and self.block_size % 16 == 0,
             "block_size",
             self.block_size,
             "a multiple of 16",
         )
-        _require(
+        require(
             self.num_blocks is None or self.num_blocks >= 2,
             "num_blocks",
             self.num_blocks,
             "2 or more",
         )
-        _require(
-            self.kv_memory is None or self.kv_memory > 0, "kv_memory", self.kv_memory, "more than 0"
+        require(
+            self.kv_memory is None or 0 < self.kv_memory < 2**40,
+            "kv_memory",
+            self.kv_memory,
+            "more than 0, in GiB",
         )
         if self.kv_memory is not None and self.num_blocks is not None:
             raise ConfigError("--kv_memory with --num_blocks: both size the KV cache; give one")
@@ -283,13 +299,14 @@ class SpeculatorConfig:
 
     def __post_init__(self) -> None:
         """Raises: ConfigError naming the setting and the allowed range."""
-        _require(
+        check_types(self)
+        require(
             self.num_speculative_tokens is None or self.num_speculative_tokens >= 1,
             "num_speculative_tokens",
             self.num_speculative_tokens,
             "1 or more (--no_spec_decoding switches drafting off)",
         )
-        _require(
+        require(
             0 <= self.num_top_tokens <= 64,
             "num_top_tokens",
             self.num_top_tokens,
@@ -305,9 +322,12 @@ class SpeculatorConfig:
                 "--warm_start without speculative decoding that learns completions: nothing would "
                 "read it; leave it out, or --no_spec_decoding and --no_generation_training"
             )
-        _require(self.ngram_order >= 1, "ngram_order", self.ngram_order, "1 or more")
-        _require(
-            self.speculator_memory >= 1, "speculator_memory", self.speculator_memory, "1 or more"
+        require(self.ngram_order >= 1, "ngram_order", self.ngram_order, "1 or more")
+        require(
+            1 <= self.speculator_memory <= 2**20,
+            "speculator_memory",
+            self.speculator_memory,
+            "between 1 and 1048576 (MiB)",
         )
 
     @property
@@ -341,7 +361,8 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         """Raises: ConfigError naming the setting and the allowed range."""
-        _require(
+        check_types(self)
+        require(
             self.num_workers is None or self.num_workers >= 0,
             "num_workers",
             self.num_workers,
@@ -349,8 +370,8 @@ class ClusterConfig:
         )
         for name in ("gpus_per_worker", "cpus_per_worker"):
             value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "more than 0")
-        _require(
+            require(value is None or value > 0, name, value, "more than 0")
+        require(
             self.worker_timeout > 0, "worker_timeout", self.worker_timeout, "more than 0 (seconds)"
         )
         if self.num_workers == 0 and self.address is not None:
@@ -388,7 +409,9 @@ class RunConfig:
     run_id: str | None = _option(
         None, "name of the run; default: made from the settings, so the same command resumes"
     )
-    logprobs: bool = _option(False, "write the log-probability of every token")
+    logprobs: bool = _option(
+        False, "write the log-probability of every token, at temperature 1 and unfiltered"
+    )
     profile: bool = _option(
         False, "write a trace of 20 steps of each worker into profile/, for Perfetto"
     )
@@ -397,10 +420,16 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raises: ConfigError when the run id cannot be a folder name."""
+        check_types(self)
         if self.run_id is not None and (
-            not self.run_id or "/" in self.run_id or self.run_id.startswith(".")
+            not self.run_id
+            or "/" in self.run_id
+            or self.run_id.startswith(".")
+            or len(self.run_id.encode()) > 200
         ):
-            raise ConfigError(f"--run_id {self.run_id!r}: must be a plain folder name")
+            raise ConfigError(
+                f"--run_id {self.run_id!r}: must be a plain folder name of at most 200 bytes"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,6 @@ Used by: `streaminator.cli`, `jobs.sample`.
 
 import json
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ from streaminator.run_record import (
 )
 from streaminator.summary import Summary, summarise
 from streaminator.summary_table import render
+from streaminator.terminal import say, show
 from streaminator.wandb_log import WandbLog
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _sample(config: JobConfig, make_pool: Callable[[JobConfig], Pool]) -> Summar
         pool.shut_down()
     if log is not None:
         log.finish(summary)
-    print(render(summary))  # noqa: T201 - the closing table is the program's output
+    show(render(summary))
     return summary
 
 
@@ -148,7 +148,7 @@ def _check_dataset(
                 f"--warm_start {source}: has none of these prompts, by id; leave it out, or set "
                 "--id_column as it was"
             )
-        _say(f"{num_warm:,} of {num_prompts:,} prompts start warm from {source}")
+        say(f"{num_warm:,} of {num_prompts:,} prompts start warm from {source}")
     return _Dataset(num_prompts, longest, digest.hexdigest())
 
 
@@ -161,7 +161,7 @@ def _draw(
     earlier: EarlierRun | None,
     log: WandbLog | None,
 ) -> None:
-    output = RunOutput(config, run, _say)
+    output = RunOutput(config, run, say)
     finished = Finished(run.uri, config.data.num_completions)
     num_total = dataset.num_prompts * config.data.num_completions
     num_done = finished.num_completions
@@ -231,7 +231,7 @@ def _closing(pool: Pool, output: RunOutput) -> Iterator[None]:
         try:
             _close(pool, output)
         except StreaminatorError as error:
-            sys.stderr.write(f"while closing: {error}\n")
+            say(f"while closing: {error}")
         raise
     _close(pool, output)
 
@@ -245,15 +245,11 @@ def _close(pool: Pool, output: RunOutput) -> None:
         output.close()
 
 
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-
-
 def _announce(run: Run, num_done: int, num_total: int) -> None:
     text = f"run {run.run_id}: {num_total:,} completions into {run.uri}"
     if num_done:
         text += f", {num_done:,} of them there already"
-    _say(text)
+    say(text)
 
 
 @contextmanager
@@ -272,4 +268,5 @@ def _sigterm_raises() -> Iterator[None]:
 
 def dry_run(config: JobConfig) -> str:
     """The resolved settings as JSON."""
-    return json.dumps({"run_id": resolve_run_id(config), **config.shown()}, indent=2)
+    run_id = resolve_run_id(config)
+    return json.dumps({"run_id": run_id} | config.shown() | {"run_id": run_id}, indent=2)

@@ -4,7 +4,6 @@
 Used by: `driver`, `dispatch`, `session`, `sampler_pool`; `actors.pool` is the same over Ray.
 """
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +12,7 @@ from streaminator.config import JobConfig
 from streaminator.errors import InputError
 from streaminator.progress import Opened, Report
 from streaminator.sequence import Prompt
+from streaminator.terminal import say
 
 SLICE_SECONDS = 1.0
 """How long a worker works before it reports."""
@@ -191,7 +191,7 @@ class OneWorker:
 
 def say_opened(opened: Opened) -> None:
     """Tell what a worker's stream is and takes, before it begins."""
-    sys.stderr.write(f"a worker: stream width {opened.stream_width}; {opened.memory}\n")
+    say(f"a worker: stream width {opened.stream_width}; {opened.memory}")
 
 
 class LocalPool(OneWorker):

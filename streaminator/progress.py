@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Self
 
+from streaminator.terminal import say
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
@@ -136,8 +138,7 @@ class Progress:
 
     def _write_line(self) -> None:
         self._last_line = time.monotonic()
-        sys.stderr.write(f"{self._num_done:,}/{self._total:,} completions, {self._state()}\n")
-        sys.stderr.flush()
+        say(f"{self._num_done:,}/{self._total:,} completions, {self._state()}")
 
 
 def _duration(seconds: float) -> str:

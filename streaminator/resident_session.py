@@ -70,7 +70,8 @@ class ResidentSession:
             self._engine.restart(seed=seed, max_prompt_length=max_prompt_length)
             return Opened(stream_width=self._engine.stream_width)
         self._engine = None  # before there is a second KV cache
-        with self._threads():
+        # Whatever device the caller has made the default: weights are packed and tried here.
+        with self._threads(), torch.device("cpu"):
             self._engine = Engine(
                 self._runner,
                 self._tokenizer,

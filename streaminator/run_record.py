@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -182,6 +182,10 @@ def read_record(filesystem: pafs.FileSystem, path: str) -> RunRecord | None:
     try:
         with filesystem.open_input_file(f"{path}/run.json") as file:
             content = json.loads(file.read())
+        for setting in fields(RunRecord):
+            kind: Any = get_origin(setting.type) or setting.type
+            if not isinstance(content[setting.name], kind):
+                raise ValueError(f"{setting.name} is a {type(content[setting.name]).__name__}")
         return RunRecord(**{f.name: content[f.name] for f in fields(RunRecord)})
     except FileNotFoundError:
         return None

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from streaminator.backlog import Work
 from streaminator.config import JobConfig
+from streaminator.config_check import is_encodable
 from streaminator.dispatch import Dispatcher
 from streaminator.engine.checkpoint import load_tokenizer
 from streaminator.errors import ConfigError, DataError, InputError
@@ -96,6 +97,7 @@ class SamplerPool:
         self._config = config
         self._tokenizer = load_tokenizer(config.model)
         self._busy = ""
+        self._is_closed = False
         self._workers = make_workers(config)
 
     def sample(
@@ -149,8 +151,8 @@ class SamplerPool:
             self._workers.update_weights(weights)
 
     def close(self) -> None:
-        """Let the workers go."""
-        self._busy = "close"
+        """Let the workers go. A call that another thread is in ends; with Ray workers, in an error."""
+        self._is_closed = True
         self._workers.shut_down()
 
     def __enter__(self) -> Self:
@@ -162,13 +164,17 @@ class SamplerPool:
     @contextmanager
     def _busy_with(self, what: str) -> Iterator[None]:
         # From another thread, say of a trainer: weights must not change under a completion.
-        if self._busy == "close":
+        if self._is_closed:
             raise InputError(f"{what}: the pool is closed; make another one")
         if self._busy:
             raise InputError(f"{what} while {self._busy} is running: wait until it returns")
         self._busy = what
         try:
             yield
+        except Exception as error:
+            if not self._is_closed:
+                raise
+            raise InputError(f"{what}: the pool was closed meanwhile; make another one") from error
         finally:
             self._busy = ""
 
@@ -177,6 +183,8 @@ class SamplerPool:
     ) -> Iterator[Prompt]:
         if isinstance(prompts, str | Mapping):
             raise DataError("prompts: got a single one; give a list of prompts")
+        if not isinstance(prompts, Iterable):
+            raise DataError(f"prompts: got a {type(prompts).__name__}; give a list of prompts")
         taken: dict[str, int] = {}
         num_of: dict[str, int] = {}
         for number, given in enumerate(prompts):
@@ -263,10 +271,12 @@ def _tokens_of(
     content: object, tokenizer: "PreTrainedTokenizerBase", number: int
 ) -> tuple[str, tuple[int, ...]]:
     if isinstance(content, str):
+        if not is_encodable(content):
+            raise DataError(f"prompt {number}: has half a surrogate pair; give text that is UTF-8")
         text, token_ids = content, tuple(tokenizer(content)["input_ids"])
     else:
         try:
-            text, token_ids = "", tuple(map(index, content))  # type: ignore[call-overload]
+            text, token_ids = "", _whole_numbers(content)
         except (TypeError, ValueError) as error:
             raise DataError(
                 f"prompt {number}: is a {type(content).__name__}; give text or a list of token ids"
@@ -274,6 +284,16 @@ def _tokens_of(
     if not token_ids:
         raise DataError(f"prompt {number}: has no tokens; give at least one")
     return text, token_ids
+
+
+def _whole_numbers(content: object) -> tuple[int, ...]:
+    """Raises: TypeError."""
+    if isinstance(content, bytes | bytearray):
+        raise TypeError
+    numbers = list(content)  # type: ignore[call-overload]
+    if any(isinstance(number, bool) for number in numbers):
+        raise TypeError
+    return tuple(map(index, numbers))
 
 
 def _refuse_settings(config: JobConfig) -> None:

@@ -175,10 +175,11 @@ class Summary:
     @property
     def query(self) -> str:
         """A shell command that asks DuckDB for the acceptance rate by generation."""
-        folder = re.sub(r"([*?\[])", r"[\1]", self.path.partition("?")[0])
+        path = self.path.partition("?")[0] if "://" in self.path else self.path
+        folder = re.sub(r"([*?\[])", r"[\1]", path)
         files = join_uri(folder, "completions", "*.parquet")
         sql = (
-            "SELECT sample_index, sum(num_accepted_tokens)/sum(num_draft_tokens) AS acceptance "
+            "SELECT sample_index, sum(num_accepted_tokens)/nullif(sum(num_draft_tokens), 0) AS acceptance "
             f"FROM '{files.replace(chr(39), chr(39) * 2)}' GROUP BY 1 ORDER BY 1"
         )
         is_plain = not set(sql) & set('"$`\\!')

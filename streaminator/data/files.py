@@ -17,7 +17,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -203,15 +203,20 @@ def hold(output: str, run_id: str) -> Iterator[None]:
         yield
         return
     run = f"{base}/{run_id}"
-    try:
-        filesystem.create_dir(run)
-        with open(f"{run}/.lock", "w", encoding="ascii") as file:
+    with ExitStack() as stack:
+        try:
+            filesystem.create_dir(run)
+            file = stack.enter_context(open(f"{run}/.lock", "w", encoding="ascii"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-    except BlockingIOError as error:
-        raise RunBusyError(
-            f"{run}: another process is writing this run; wait for it, or choose another --run_id"
-        ) from error
+        except BlockingIOError as error:
+            raise RunBusyError(
+                f"{run}: another process is writing this run; wait for it, or choose another --run_id"
+            ) from error
+        except OSError as error:
+            raise OutputError(
+                f"{run}: cannot be written ({reason(error)}); choose another --output or --run_id"
+            ) from error
+        yield
 
 
 def list_parts(filesystem: pafs.FileSystem, folder: str) -> list[str]:

@@ -64,8 +64,16 @@ COMPLETIONS = _schema(
     ("num_steps", pa.int32(), "decoding steps"),
     ("num_draft_tokens", pa.int32(), "tokens drafted in all steps"),
     ("num_accepted_tokens", pa.int32(), "drafted tokens accepted in all steps"),
-    ("cumulative_logprob", pa.float64(), "sum of the log-probabilities of the tokens"),
-    ("logprobs", pa.list_(pa.float32()), "per token: log-probability; null unless asked for"),
+    (
+        "cumulative_logprob",
+        pa.float64(),
+        "sum of the log-probabilities of the tokens, as `logprobs` has them",
+    ),
+    (
+        "logprobs",
+        pa.list_(pa.float32()),
+        "per token: log-probability under the model at temperature 1, unfiltered; null unless asked for",
+    ),
     (
         "top_ids",
         pa.list_(pa.list_(pa.int32())),

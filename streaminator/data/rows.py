@@ -23,6 +23,7 @@ from streaminator.errors import DataError, first_line
 DEMO_FILE = Path(__file__).parents[1] / "demo" / "problems.jsonl"
 _DEFAULT_HUB_CONFIGS = {"openai/gsm8k": "main", "gsm8k": "main"}
 _PARQUET_BATCH_ROWS = 256
+_LONGEST_FIELD = 2**31 - 1  # of a CSV file; Python's own limit is 131,072 characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
+            csv.field_size_limit(_LONGEST_FIELD)
             reader = csv.reader(file, strict=True)
             names = next(reader, [])
             if len(set(names)) < len(names):

@@ -22,6 +22,9 @@ from streaminator.config import ModelConfig
 from streaminator.errors import ModelError, first_line
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo"
+_READ_WHOLE = 64 << 20  # bytes of a checkpoint's file
+_NUM_SAMPLES = 512  # of a larger one: in 5 GB one for each 10 MB, by which layers' matrices begin
+_SAMPLE = 4096  # bytes
 
 
 def check_model(config: ModelConfig) -> None:
@@ -51,7 +54,8 @@ def load_tokenizer(config: ModelConfig) -> transformers.PreTrainedTokenizerBase:
 
 
 def model_fingerprint(config: ModelConfig) -> str:
-    """Hash of the checkpoint's files in a folder; of name and commit for a hub model."""
+    """Hash of the checkpoint's files in a folder, of large ones at many places; of name and commit for
+    a hub model."""
     source = Path(_source(config.model_name))
     digest = blake2b(digest_size=8)
     if not source.is_dir():
@@ -62,13 +66,21 @@ def model_fingerprint(config: ModelConfig) -> str:
     names = ("*.json", "*.safetensors", "*.bin")
     for path in sorted(p for name in names for p in source.glob(name)):
         digest.update(path.name.encode())
+        size = path.stat().st_size
+        digest.update(str(size).encode())
         with path.open("rb") as file:
-            # Both ends of each file: a whole 100 GB checkpoint would take minutes.
-            digest.update(file.read(1 << 20))
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read(1 << 20) + str(size).encode())
+            for start in _sampled_places(size):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE))
     return digest.hexdigest()
+
+
+def _sampled_places(size: int) -> range:
+    """Where a file is read, `_SAMPLE` bytes each: all of it, or of a large one, which would take
+    minutes, so much that no matrix is passed over.
+    """
+    spacing = _SAMPLE if size <= _READ_WHOLE else max(size // _NUM_SAMPLES, _SAMPLE)
+    return range(0, size, spacing)
 
 
 def load_model(

@@ -92,8 +92,9 @@ class _Rotation:
         if end > len(self._tables[0]):
             # Beyond a model's length its frequencies may change.
             size = min(max(1024, 2 * end), self._max_length or 2 * end)
-            like = torch.empty(0, dtype=self._dtype)
-            tables = self._module(like, position_ids=torch.arange(max(size, end))[None])
+            like = positions.new_empty(0, dtype=self._dtype)
+            places = torch.arange(max(size, end), device=positions.device)
+            tables = self._module(like, position_ids=places[None])
             self._tables = tables[0][0].contiguous(), tables[1][0].contiguous()
         cosine, sine = self._tables
         return cosine.index_select(0, positions), sine.index_select(0, positions)

@@ -177,7 +177,9 @@ def _check_rows(layer: GpuLayer, decoder: Any, block_size: int) -> None:
         device=weight.device,
     )
     generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(num_rows, len(weight), generator=generator, device=weight.device)
+    x = torch.randn(
+        num_rows, len(weight), generator=generator, dtype=torch.float32, device=weight.device
+    )
     x = x.to(weight.dtype)
     rows = []
     for first in (0, num_rows - 1):

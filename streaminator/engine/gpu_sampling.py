@@ -113,7 +113,9 @@ class GpuSampling:
 
     def _try(self, size: int, device: torch.device) -> str | None:
         generator = torch.Generator(device).manual_seed(0)
-        logits = torch.randn(_TRIED_ROWS, size, generator=generator, device=device)
+        logits = torch.randn(
+            _TRIED_ROWS, size, generator=generator, dtype=torch.float32, device=device
+        )
         logits = (3 * logits).to(self.dtype)
         keys = torch.arange(_TRIED_ROWS, device=device)
         for temperature in (0.0, 0.3, 0.8):

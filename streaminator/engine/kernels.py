@@ -206,8 +206,10 @@ class Kernels:
             num_top: M, at most `num_candidates`.
         """
         num_rows, size = logits.shape
-        tokens, logprobs = torch.empty_like(keys), torch.empty(num_rows)
-        top_ids, top_probs = keys.new_empty(num_rows, num_top), torch.empty(num_rows, num_top)
+        tokens, top_ids = torch.empty_like(keys), keys.new_empty(num_rows, num_top)
+        # Not of the default type, nor on the default device, which are a trainer's to choose.
+        logprobs = keys.new_empty(num_rows, dtype=torch.float32)
+        top_probs = keys.new_empty(num_rows, num_top, dtype=torch.float32)
         tensors = (logits.contiguous(), keys, positions, tokens, logprobs, top_ids, top_probs)
         way = _Way(size, num_candidates, num_top, temperature)
         failed = self._library.sample(

@@ -208,7 +208,9 @@ def try_norm(norm: Any, other: Callable[[torch.Tensor, Any], torch.Tensor]) -> N
     norm = copy.deepcopy(norm).float()
     weight = norm.weight
     generator = torch.Generator(weight.device).manual_seed(0)
-    rows = torch.randn(_ROWS, len(weight), generator=generator, device=weight.device)
+    rows = torch.randn(
+        _ROWS, len(weight), generator=generator, dtype=torch.float32, device=weight.device
+    )
     if not _is_near(norm(rows), other(rows, norm)):
         raise differs(norm)
 

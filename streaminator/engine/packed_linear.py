@@ -82,8 +82,12 @@ class Packer:
     def _are_rows_equal(self, weight: torch.Tensor) -> bool:
         packed = self._pack(weight, None, Pages())
         generator = torch.Generator().manual_seed(0)
-        rows = torch.randn(_ROWS[-1], weight.shape[1], generator=generator).to(weight.dtype)
-        base = torch.randn(_ROWS[-1], weight.shape[0], generator=generator).to(weight.dtype)
+        rows = torch.randn(_ROWS[-1], weight.shape[1], generator=generator, dtype=torch.float32).to(
+            weight.dtype
+        )
+        base = torch.randn(_ROWS[-1], weight.shape[0], generator=generator, dtype=torch.float32).to(
+            weight.dtype
+        )
         products, sums = packed(rows), packed.add_to(base, rows)
         return all(
             torch.equal(packed(rows[:num]), products[:num])

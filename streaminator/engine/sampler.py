@@ -283,7 +283,7 @@ def _likeliest(logits: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tens
     if num and logits.device.type == "cpu":
         edge = values[:, -1:]
         rows, equal = (logits == edge).nonzero(as_tuple=True)
-        place = torch.arange(len(rows)) - torch.searchsorted(rows, rows)
+        place = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)
         place += (values > edge).sum(-1)[rows]
         is_kept = place < num
         ids[rows[is_kept], place[is_kept]] = equal[is_kept]

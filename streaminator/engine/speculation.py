@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streaminator.config import SpeculatorConfig
+from streaminator.errors import ConfigError
 from streaminator.sequence import Distributions, Sequence, StepTop
 from streaminator.speculative.draft_budget import DraftBudget
 from streaminator.speculative.speculator import MAX_REJECTED, Gain, Store
@@ -57,12 +58,18 @@ class Speculation:
         from streaminator.speculative.memory_store import MemoryStore
         from streaminator.speculative.memory_texts import number_tokens
 
-        return MemoryStore(
-            self._config,
-            is_greedy=is_greedy,
-            num_kept_prompts=num_kept_prompts,
-            numbers=None if tokenizer is None else number_tokens(tokenizer),
-        )
+        try:
+            return MemoryStore(
+                self._config,
+                is_greedy=is_greedy,
+                num_kept_prompts=num_kept_prompts,
+                numbers=None if tokenizer is None else number_tokens(tokenizer),
+            )
+        except MemoryError as error:
+            raise ConfigError(
+                f"--speculator_memory {self._config.speculator_memory}: more MiB than this machine "
+                "gives; give fewer"
+            ) from error
 
     @property
     def rests_next(self) -> bool:

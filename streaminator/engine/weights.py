@@ -37,7 +37,7 @@ def copy_weights(model: Any, weights: object) -> None:
                 f"{_WHERE}: the model has no weight {name!r} (it has {next(iter(own))!r}, say); "
                 "give the bare model's state dict, unwrapped and with adapters merged"
             )
-    given: dict[tuple[int, torch.Size], str] = {}
+    given: dict[_Place, str] = {}
     for name, value in weights.items():
         target = own[name]
         if value.shape != target.shape:
@@ -72,8 +72,10 @@ def check_tensors(weights: object) -> Mapping[str, torch.Tensor]:
         )
     for name, value in weights.items():
         is_empty = getattr(value, "is_meta", False)
-        if type(value) not in (torch.Tensor, torch.nn.Parameter) or is_empty:
+        is_plain = type(value) in (torch.Tensor, torch.nn.Parameter)
+        if not is_plain or is_empty or value.layout != torch.strided:
             kind = "a tensor without data" if is_empty else f"a {type(value).__name__}"
+            kind += f" ({value.layout})" if is_plain and not is_empty else ""
             raise ModelError(
                 f"{_WHERE}: {name!r} is {kind}; give plain tensors, a sharded model's whole "
                 "(full_tensor)"
@@ -81,12 +83,16 @@ def check_tensors(weights: object) -> Mapping[str, torch.Tensor]:
     return weights
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, torch.Size]:
-    return tensor.data_ptr(), tensor.shape
+_Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
+
+
+def _place(tensor: torch.Tensor) -> _Place:
+    """Tensors with the same one are the same; a view, say a transposed one, is another."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() or bool(torch.equal(one, other.to(one)))
+    return _place(one) == _place(other) or bool(torch.equal(one, other.to(one)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,7 @@ class PackedWeights:
     @classmethod
     def of(cls, weights: object) -> "PackedWeights":
         """Pack a state dict, from whatever device. Raises: ModelError."""
-        bytes_of: dict[tuple[int, torch.Size], np.ndarray] = {}
+        bytes_of: dict[_Place, np.ndarray] = {}
         arrays = {}
         for name, value in check_tensors(weights).items():
             place = _place(value)

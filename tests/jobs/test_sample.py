@@ -121,6 +121,24 @@ def test_a_resumed_run_learns_from_the_stored_distributions(tmp_path, undisturbe
     assert rows(tmp_path, columns) == [(*r[:2], None, None) if r[1] == 2 else r for r in stored]
 
 
+def test_a_terminal_that_goes_away_ends_no_run(tmp_path, undisturbed):
+    process = start(tmp_path)
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    assert rows(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_run_folder_that_cannot_be_held_is_one_line(tmp_path, capsys, is_folder):
+    if is_folder:
+        (tmp_path / "r" / ".lock").mkdir(parents=True)
+    else:
+        (tmp_path / "r").symlink_to("/nowhere/at/all")
+    code, line = run_main(capsys, *SMALL, "--output", str(tmp_path), "--run_id", "r")
+    assert code == 1
+    assert f"{tmp_path / 'r'}: cannot be written" in line
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_with_its_rows_written(tmp_path, undisturbed, sent, code):
     process = start(tmp_path)
@@ -236,6 +254,10 @@ def test_toml_lies_under_the_flags_and_dry_run_shows_the_result(tmp_path, capsys
     assert (shown["seed"], shown["stream_width"], shown["stop"]) == (9, 3, ["x", "y"])
     assert shown["stop_token_ids"] == [5]
     assert shown["device"] in ("cpu", "cuda")
+    assert main(["--dry_run", "--run_id", "mine"]) == 0
+    assert json.loads(capsys.readouterr().out)["run_id"] == "mine"
+    assert next(iter(shown)) == "run_id"
+    assert shown["run_id"].startswith("demo-")
 
 
 def test_speculators_that_learn_from_completions_climb_and_prompt_only_stays_flat(tmp_path):
@@ -333,7 +355,14 @@ def run_main(capsys, *flags: str) -> tuple[int, str]:
         (["--metadata_columns", "text"], ["--metadata_columns text"]),
         (["--run_id", "../up"], ["--run_id"]),
         (["--num_blocks", "4"], ["--num_blocks 4", "need"]),
+        (["--run_id", "x" * 300], ["--run_id", "200 bytes"]),
         (["--temperature", "inf"], ["--temperature inf"]),
+        (["--kv_memory", "inf"], ["--kv_memory inf"]),
+        (["--stop", "\udcff"], ["--stop", "UTF-8"]),
+        (["--stop_token_ids", "-1"], ["--stop_token_ids -1"]),
+        (["--num_completions", "1000000000"], ["--num_completions 1000000000"]),
+        (["--stream_width", "100000000"], ["--stream_width 100000000"]),
+        (["--speculator_memory", "100000000"], ["--speculator_memory 100000000"]),
         (["--config", "kind.toml"], ["kind.toml", "stop_token_ids", "int"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from streaminator.config import DataConfig
 from streaminator.data.prompts import load_prompts
-from streaminator.data.rows import DEMO_FILE
+from streaminator.data.rows import DEMO_FILE, load_rows
 from streaminator.errors import ConfigError, DataError
 
 GSM8K = Path(__file__).parents[2].parent / "shared" / "gsm8k"
@@ -461,3 +461,11 @@ def test_too_few_examples_or_one_without_an_answer_are_refused(tmp_path, problem
 def test_importing_does_not_need_the_hub_package():
     code = "import sys; sys.modules['datasets'] = None; import streaminator.data.prompts"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_long_field_of_a_csv_file_is_read(tmp_path):
+    question = "word " * 40_000
+    file = tmp_path / "long.csv"
+    file.write_text(f'question,answer\n"{question}",1\n')
+    (row,) = load_rows(str(file), None, "test")
+    assert row.values["question"] == question

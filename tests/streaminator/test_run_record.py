@@ -130,6 +130,22 @@ def test_an_unreadable_record_is_named(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["settings", "fingerprints", "attempts", "started_at"])
+def test_a_record_of_other_types_is_named(tmp_path, name):
+    start(tmp_path)
+    file = tmp_path / "r" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: 7}))
+    with pytest.raises(OutputError, match=rf"run.json: cannot be read \({name} is a int\)"):
+        start(tmp_path)
+
+
+def test_other_blocks_are_another_run(tmp_path):
+    """Only one size lets a CPU's layers be fused, which changes the last bits of their logits."""
+    start(tmp_path)
+    with pytest.raises(RunMismatchError, match="block_size: recorded 16, now 32"):
+        start(tmp_path, block_size=32)
+
+
 def test_an_output_that_cannot_be_written_is_a_wrong_flag(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--output"):

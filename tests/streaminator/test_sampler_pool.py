@@ -20,9 +20,10 @@ from streaminator.config import (
 from streaminator.data.prompts import load_prompts
 from streaminator.engine import engine as engine_module
 from streaminator.engine.checkpoint import DEMO_MODEL, load_tokenizer
+from streaminator.engine.weights import PackedWeights
 from streaminator.errors import ConfigError, DataError, InputError, ModelError
 from streaminator.resident_session import ResidentSession
-from streaminator.sampler_pool import SamplerPool
+from streaminator.sampler_pool import LocalWorkers, SamplerPool
 from streaminator.sequence import Completion
 from streaminator.speculative.draft_budget import StepCosts
 
@@ -161,7 +162,11 @@ def test_text_token_ids_and_names(pool):
     [
         ("one text", "give a list"),
         (["a", ""], "prompt 1: has no tokens"),
+        (None, "got a NoneType"),
         (["a", 3], "prompt 1: is a int"),
+        (["a", "\ud800"], "prompt 1: has half a surrogate pair"),
+        ([b"abc"], "prompt 0: is a bytes"),
+        ([[True, False]], "prompt 0: is a list"),
         ([["a"]], "prompt 0: is a list"),
         ([{"text": "a"}], "prompt 0: has text"),
         ([{"prompt": "a", "id": "b"}], "prompt 0: has id, prompt"),
@@ -205,6 +210,7 @@ NORM = "model.norm.weight"
         (lambda w: w | {NORM: w[NORM].as_subclass(Sharded)}, f"'{NORM}' is a Sharded"),
         (lambda w: w | {NORM: w[NORM].to("meta")}, f"'{NORM}' is a tensor without data"),
         (lambda w: w | {NORM: None}, f"'{NORM}' is a NoneType"),
+        (lambda w: w | {NORM: w[NORM].to_sparse()}, rf"'{NORM}' is a Tensor \(torch.sparse_coo"),
         (lambda w: w | {"lm_head.weight": w["lm_head.weight"] + 1}, "ties the two"),
         (lambda w: list(w), "got a list"),
         (lambda w: "/no/such/folder", "update_weights /no/such/folder: no such folder"),
@@ -308,6 +314,54 @@ def test_a_prompt_given_up_between_two_completions_goes_on_elsewhere(pool):
 def keep(result, drawn) -> None:
     for part in result.parts:
         drawn |= {(c.prompt.prompt_id, c.sample_index): c for c in part.completions}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_what_a_trainer_has_made_default_changes_nothing(shared, dtype):
+    expected = said(shared.sample(TEXTS[:3]))
+    torch.set_default_dtype(dtype)
+    try:
+        fresh = SamplerPool(CONFIG)
+        with torch.device("meta"):
+            drawn, drawn_first = (said(pool.sample(TEXTS[:3])) for pool in (shared, fresh))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert drawn == drawn_first == expected
+
+
+class Closing(LocalWorkers):
+    """Workers whose pool another thread closes while they draw, and which are gone then."""
+
+    pool: SamplerPool | None = None
+
+    def begin(self, **options):
+        if self.pool is None:
+            return super().begin(**options)
+        thread = threading.Thread(target=self.pool.close)
+        thread.start()
+        thread.join()
+        raise KeyError("a worker that is gone")
+
+
+def test_a_pool_that_is_closed_in_a_call_says_so_and_stays_closed():
+    workers = []
+    pool = SamplerPool(CONFIG, lambda config: workers.append(Closing(config)) or workers[0])
+    assert pool.sample(TEXTS[:1])
+    workers[0].pool = pool
+    with pytest.raises(InputError, match="sample: the pool was closed meanwhile"):
+        pool.sample(TEXTS[:1])
+    for call in (lambda: pool.sample(TEXTS[:1]), lambda: pool.update_weights("demo")):
+        with pytest.raises(InputError, match="the pool is closed; make another one"):
+            call()
+
+
+def test_views_of_the_same_memory_travel_as_what_they_are():
+    weight = torch.arange(9.0).view(3, 3)
+    weights = {"a": weight, "b": weight.t(), "c": weight}
+    packed = PackedWeights.of(weights)
+    assert packed.arrays["c"][0] is packed.arrays["a"][0]  # once
+    for name, value in packed.unpack().items():
+        assert torch.equal(value, weights[name])
 
 
 def test_the_callers_threads_are_left_as_they_were(shared):

@@ -238,7 +238,20 @@ def test_the_query_can_be_pasted(run):
     assert "0.25" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["it's", "a*[b]", "$HOME", "k=v"])
+def test_without_drafts_the_query_has_no_rate(tmp_path):
+    start(tmp_path)
+    write(
+        tmp_path / "r" / "completions",
+        COMPLETIONS,
+        [completion("a", 0, num_draft_tokens=0, num_accepted_tokens=0)],
+    )
+    query = summarise(tmp_path / "r").query
+    result = subprocess.run(query, shell=True, capture_output=True, text=True, timeout=60)
+    assert "NULL" in result.stdout
+    assert "nan" not in result.stdout
+
+
+@pytest.mark.parametrize("name", ["it's", "a*[b]", "$HOME", "k=v", "why?"])
 def test_unusual_folder_names_work(tmp_path, name):
     folder = tmp_path / name
     start(folder)
