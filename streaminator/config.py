@@ -10,6 +10,7 @@ Invariants
 Used by: `streaminator.cli_args` (flags), `streaminator.run_record` (what a run recorded).
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
@@ -261,10 +262,10 @@ class EngineConfig:
             "2 or more",
         )
         require(
-            self.kv_memory is None or 0 < self.kv_memory < 2**40,
+            self.kv_memory is None or 0 < self.kv_memory < math.inf,
             "kv_memory",
             self.kv_memory,
-            "more than 0, in GiB",
+            "more than 0 (GiB), and finite",
         )
         if self.kv_memory is not None and self.num_blocks is not None:
             raise ConfigError("--kv_memory with --num_blocks: both size the KV cache; give one")

@@ -29,7 +29,8 @@ def require(condition: bool, name: str, value: object, allowed: str) -> None:
 def check_types(group: Any) -> None:
     """See that every setting of a group has a value of its type, and of its choices.
 
-    A list of values may be any list; it is kept as a tuple.
+    What means the same is kept as the same: a list as a tuple, NumPy's numbers as Python's, 1 as 1.0
+    where a number need not be whole.
 
     Raises: ConfigError.
     """
@@ -43,21 +44,21 @@ def check_types(group: Any) -> None:
         if get_origin(kind) is tuple:
             is_list = isinstance(value, Iterable) and not isinstance(value, str | bytes)
             require(is_list, name, repr(value), f"a list, of {_KINDS[get_args(kind)[0]][1]} each")
-            object.__setattr__(group, name, tuple(value))
-            for item in getattr(group, name):
-                _check(name, get_args(kind)[0], item)
+            value = tuple(_checked(name, get_args(kind)[0], item) for item in value)
         else:
-            _check(name, kind, value)
+            value = _checked(name, kind, value)
+        object.__setattr__(group, name, value)
         choices = setting.metadata["choices"]
         require(not choices or value in choices, name, repr(value), " or ".join(choices))
 
 
-def _check(name: str, kind: type, value: Any) -> None:
+def _checked(name: str, kind: type, value: Any) -> Any:
     expected, words = _KINDS[kind]
     is_it = isinstance(value, expected) and (kind is bool or not isinstance(value, bool))
     require(is_it, name, repr(value), words)
     if isinstance(value, str):
         require(is_encodable(value), name, repr(value), "text that is UTF-8")
+    return kind(value)
 
 
 def is_encodable(text: str) -> bool:

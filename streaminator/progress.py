@@ -11,10 +11,12 @@ Used by: the driver (`Progress`), the workers (`Opened`, `Report`), `run_record`
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Self
 
-from streaminator.terminal import say
+from streaminator.terminal import say, silence
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -95,7 +97,8 @@ class Progress:
         self._sum += report
         if self._bar is not None:
             progress, task = self._bar
-            progress.update(task, completed=self._num_done, state=self._state())
+            with self._losing_the_terminal():
+                progress.update(task, completed=self._num_done, state=self._state())
         elif time.monotonic() - self._last_line >= self._seconds_per_line:
             self._write_line()
 
@@ -105,7 +108,8 @@ class Progress:
             return
         self._is_closed = True
         if self._bar is not None:
-            self._bar[0].stop()
+            with self._losing_the_terminal():
+                self._bar[0].stop()
         else:
             self._write_line()
 
@@ -118,6 +122,15 @@ class Progress:
     @property
     def _num_done(self) -> int:
         return self._done_already + self._sum.num_finished + self._sum.num_failed
+
+    @contextmanager
+    def _losing_the_terminal(self) -> Iterator[None]:
+        """What it shows from then on goes nowhere, and ends nothing."""
+        try:
+            yield
+        except OSError:
+            self._bar = None
+            silence(sys.stderr)
 
     def _state(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)

@@ -151,7 +151,8 @@ class SamplerPool:
             self._workers.update_weights(weights)
 
     def close(self) -> None:
-        """Let the workers go. A call that another thread is in ends; with Ray workers, in an error."""
+        """Let the workers go. A call that another thread is in ends in an error with Ray workers, and
+        returns what it has drawn in one process."""
         self._is_closed = True
         self._workers.shut_down()
 

@@ -6,6 +6,7 @@ Used by: `streaminator.driver`, `cli`, `pool`, `progress`.
 
 import os
 import sys
+from contextlib import suppress
 from typing import TextIO
 
 
@@ -21,14 +22,23 @@ def show(text: str) -> None:
         say(f"stdout: cannot be written ({error.strerror}); what was drawn is complete")
 
 
-def _write(text: str, stream: TextIO) -> OSError | None:
+def silence(stream: TextIO) -> None:
+    """Let what is written to it go nowhere: nobody is there, and Python would try again at its end."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    with suppress(OSError, ValueError):  # a stream of no file
+        os.dup2(sink, stream.fileno())
+    os.close(sink)
+
+
+def _write(text: str, stream: TextIO | None) -> OSError | None:
+    if stream is None:  # a program without a console
+        return None
     try:
         stream.write(text + "\n")
         stream.flush()
+    except BlockingIOError as error:  # full for the moment
+        return error
     except OSError as error:
-        # Python would try again to write what is left when it ends, and say so.
-        sink = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(sink, stream.fileno())
-        os.close(sink)
+        silence(stream)
         return error
     return None

@@ -4,6 +4,10 @@
 Used by: `engine.Engine`.
 """
 
+from contextlib import suppress
+
+import torch
+
 from streaminator.config import EngineConfig
 from streaminator.engine.block_manager import BlockManager
 from streaminator.engine.kv_cache import KVCache
@@ -56,7 +60,7 @@ class Admission:
                 return f"it may need {needed} KV blocks: raise --kv_memory {config.kv_memory:g}"
             try:
                 self._grow(needed)
-            except (RuntimeError, MemoryError, OSError) as error:
+            except (torch.OutOfMemoryError, MemoryError, OSError) as error:
                 return f"it may need {needed} KV blocks, for which memory is short ({first_line(error)})"
         return None
 
@@ -67,7 +71,9 @@ class Admission:
             length = self._total_length(max_prompt_length)
             num_blocks = self._runner.num_blocks(self._config, length)
             if num_blocks > self._cache.num_blocks:
-                self._grow(num_blocks)
+                # Without that room they preempt each other.
+                with suppress(torch.OutOfMemoryError, MemoryError, OSError):
+                    self._grow(num_blocks)
 
     def _total_length(self, num_prompt_tokens: int) -> int:
         return self._runner.total_length(num_prompt_tokens, self._max_length)

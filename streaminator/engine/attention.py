@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from streaminator.engine.batch import AttentionGroup, Batch
 from streaminator.engine.kv_cache import KVCache, LayerShape
@@ -31,8 +30,6 @@ from streaminator.errors import ModelError
 NAME = "streaminator"
 KEY_CHUNK = 128
 QUERY_MULTIPLE = 4
-_BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""On a GPU. cuDNN's, Hopper's first choice, plans each shape anew, and here they seldom come again."""
 
 # Options of a model's attention that are honoured below, or do nothing at inference.
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias", "relative_position_bias")
@@ -198,8 +195,7 @@ def _attend(
 ) -> torch.Tensor:
     """Softmax attention [B, K, Q', H] over [B, K, L, H] with an additive mask [B, 1, Q', L]."""
     if softcap is None and query.device.type != "cpu":
-        with sdpa_kernel(_BACKENDS):
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     parts = [
         _attend_chunk(
             query,

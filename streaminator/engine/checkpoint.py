@@ -23,8 +23,8 @@ from streaminator.errors import ModelError, first_line
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo"
 _READ_WHOLE = 64 << 20  # bytes of a checkpoint's file
-_NUM_SAMPLES = 512  # of a larger one: in 5 GB one for each 10 MB, by which layers' matrices begin
-_SAMPLE = 4096  # bytes
+_SAMPLE = 4096  # bytes at a time
+_SPACING, _MOST_SAMPLES = 2 << 20, 4096  # of a larger one; few matrices have less than 2 MiB
 
 
 def check_model(config: ModelConfig) -> None:
@@ -77,9 +77,9 @@ def model_fingerprint(config: ModelConfig) -> str:
 
 def _sampled_places(size: int) -> range:
     """Where a file is read, `_SAMPLE` bytes each: all of it, or of a large one, which would take
-    minutes, so much that no matrix is passed over.
+    minutes, some of nearly every matrix.
     """
-    spacing = _SAMPLE if size <= _READ_WHOLE else max(size // _NUM_SAMPLES, _SAMPLE)
+    spacing = _SAMPLE if size <= _READ_WHOLE else max(_SPACING, size // _MOST_SAMPLES)
     return range(0, size, spacing)
 
 

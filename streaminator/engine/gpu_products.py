@@ -79,6 +79,8 @@ class GpuProduct:
         num_steps = num_inputs // self._step
         self._num_tiles = -(-num_outputs // _OUTPUTS)
         wanted = min(-(-_FEW_TILES // self._num_tiles), num_steps // _LEAST_STEPS, most_splits)
+        if self._num_tiles >= _ENOUGH * _FEW_TILES:
+            wanted = 1  # they would never be parts
         self._split_size = -(-num_steps // max(wanted, 1)) * self._step
         self._num_splits = -(-num_inputs // self._split_size)
 

@@ -131,10 +131,10 @@ def _pieces(
 ) -> Iterator[tuple[slice, slice]]:
     """Sequences and queries of each call, so that the parts of its splits stay small.
 
-    A call reads its sequences' keys. So they are shared out, and only a prompt's chunk is cut.
+    A call reads its sequences' keys. So they are shared out, and only a prompt's chunk is cut. Sizes
+    are even where they can be: Triton compiles anew for what begins at an odd number.
     """
     most = max(_MOST_PART_BYTES // max(bytes_per_query, 1), MOST_SHORT)
-    # Even: Triton would compile anew for what begins at an odd number.
     width = num_queries if num_queries <= most else most // 2 * 2
     height = num_lines if num_lines * width <= most else max(most // width // 2 * 2, 1)
     for line in range(0, num_lines, height):

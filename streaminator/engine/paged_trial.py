@@ -14,13 +14,13 @@ from streaminator.engine.attention import LayerCall, Stream, attention
 from streaminator.engine.batch import AttentionGroup, Batch
 from streaminator.engine.device import check_card
 from streaminator.engine.kv_cache import KVCache
-from streaminator.engine.paged_attention import has_triton
+from streaminator.engine.paged_attention import SPLIT, has_triton
 from streaminator.errors import kind_and_line
 
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Of outputs of size 1: one key more or less in a softmax of a few changes more."""
 _WINDOW = 100  # longer ones are cut, so that they hide something
-_CONTEXTS = (0, 254, 700)
+_CONTEXTS = (0, SPLIT - 2, 2 * SPLIT + 188)
 _NUM_QUERIES = 5
 
 

@@ -230,7 +230,7 @@ def test_tokens_behind_the_end_are_not_counted() -> None:
         (["--stop", "x"], "--stop: the benchmark compares tokens"),
         (["--json_out", "no/such/folder/x.json"], "--json_out no/such/folder/x.json: cannot be"),
         (["--max_length", "2000"], f"exceed the model's context of {CONTEXT}"),
-        (["--stream_width", "0"], "--stream_width 0: must be 1 or more"),
+        (["--stream_width", "0"], "--stream_width 0: must be between 1"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

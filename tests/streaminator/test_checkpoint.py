@@ -29,6 +29,7 @@ def test_weights_that_change_anywhere_in_a_file_are_other_weights(
 ) -> None:
     """A file that is read whole, and one that is sampled: a matrix in its middle is another."""
     monkeypatch.setattr(checkpoint, "_READ_WHOLE", 200_000)
+    monkeypatch.setattr(checkpoint, "_SPACING", 20_000)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(size))

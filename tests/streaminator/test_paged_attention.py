@@ -156,6 +156,18 @@ def test_a_long_chunk_goes_in_pieces(monkeypatch):
     case.check()
 
 
+@needs_triton
+def test_many_sequences_go_in_pieces(monkeypatch):
+    case = Case([SPLIT + 9, 3, 40, SPLIT - 1, 7], [3, 1, 4, 2, 4], num_groups=1)
+    whole = case.run()
+    # Of two splits, two heads and 64 numbers: two sequences of four queries at a time.
+    monkeypatch.setattr("streaminator.engine.paged_attention._MOST_PART_BYTES", 0)
+    monkeypatch.setattr("streaminator.engine.paged_attention.MOST_SHORT", 11)
+    assert [lines.stop for lines, _ in paged_attention._pieces(5, 4, 1040)] == [2, 4, 6]
+    assert torch.equal(case.run(), whole)
+    case.check()
+
+
 @pytest.mark.parametrize(
     ("num_lines", "num_queries"), [(1, 1), (64, 1), (64, 17), (63, 9), (3, 40), (1, 2000), (2, 999)]
 )
@@ -168,6 +180,8 @@ def test_pieces_are_all_there_is_and_read_the_keys_of_a_draft_once(
     for lines, queries in paged_attention._pieces(num_lines, num_queries, bytes_per_query):
         count[lines, queries] += 1
         reads[lines] += 1
+        num = (lines.stop - lines.start) * (queries.stop - queries.start)
+        assert num * bytes_per_query <= max(2**26, MOST_SHORT * bytes_per_query)
     assert (count == 1).all()
     if num_queries <= MOST_SHORT or not bytes_per_query:
         assert (reads == 1).all()

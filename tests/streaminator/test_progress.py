@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
+import os
+import pty
 import subprocess
 import sys
 
 import pytest
 
 from streaminator.progress import Progress, Report
+from streaminator.terminal import say, show
 
 HALF = Report(
     num_finished=3,
@@ -83,3 +86,26 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):
 def test_reports_need_no_heavy_imports(module):
     code = f"import sys, streaminator.progress; assert {module!r} not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_terminal_that_is_closed_ends_nothing(monkeypatch):
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with Progress(10, 0, 1) as progress:
+            assert progress._bar is not None
+            os.close(ours)
+            progress.update(Report(num_finished=3))
+        say("and nothing that is said later does")
+
+
+def test_streams_that_are_no_files_or_none_end_nothing(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError("full")
+
+    for stream in (None, Full()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(sys, "stdout", stream)
+        say("a line")
+        show("a table")
