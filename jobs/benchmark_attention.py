@@ -4,8 +4,9 @@
     python -m jobs.benchmark_attention --batch 16 --num_kv_heads 8 --num_groups 3 --head_dim 128
 
 Counted are the keys and values of the contexts, read once; the gather's copy is not, so that its
-share says what it costs. The gather writes the new keys to the cache first, as it does in a stream. One layer, bfloat16, medians of interleaved repeats; short contexts fit
-the L2 cache, where shares of more than 100 % are no error.
+share says what it costs. The gather writes the new keys to the cache first, as it does in a stream.
+One layer, bfloat16, medians of interleaved repeats; short contexts fit the L2 cache, where shares of
+more than 100 % are no error.
 """
 
 import argparse

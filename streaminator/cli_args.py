@@ -11,13 +11,13 @@ import argparse
 import difflib
 import re
 import tomllib
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import Field
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn
 
 from streaminator.config import JobConfig, settings
+from streaminator.config_check import is_list, may_be_none, scalar_type
 from streaminator.errors import ConfigError
 
 _DESCRIPTION = "Draw many completions per prompt; every setting is a flag."
@@ -67,7 +67,7 @@ def parse(
     for name, setting in known.items():
         if given[name] is not None:
             value = given[name]
-            values[name] = tuple(value) if _is_tuple(setting) else _without_auto(setting, value)
+            values[name] = tuple(value) if is_list(setting) else _without_auto(setting, value)
     return JobConfig.from_flat(values), namespace
 
 
@@ -103,8 +103,8 @@ def _parser(program: str, known: dict[str, Field]) -> _Parser:
         else:
             parser.add_argument(
                 f"--{name}",
-                type=_number_or_auto(setting) if _may_be_auto(setting) else _scalar_type(setting),
-                action="append" if _is_tuple(setting) else "store",
+                type=_number_or_auto(setting) if _may_be_auto(setting) else scalar_type(setting),
+                action="append" if is_list(setting) else "store",
                 choices=setting.metadata["choices"] or None,
                 metavar=name.upper() if not setting.metadata["choices"] else None,
                 help=text,
@@ -159,10 +159,10 @@ def _load_toml(path: Path, known: dict[str, Field]) -> dict[str, Any]:
 
 
 def _checked(path: Path, setting: Field, value: Any) -> Any:
-    scalar = _scalar_type(setting) if setting.type is not bool else bool
-    if _is_tuple(setting) and isinstance(value, list):
+    scalar = scalar_type(setting)
+    if is_list(setting) and isinstance(value, list):
         return tuple(_checked_scalar(path, setting, scalar, item) for item in value)
-    if _is_tuple(setting):
+    if is_list(setting):
         return (_checked_scalar(path, setting, scalar, value),)
     return _checked_scalar(path, setting, scalar, value)
 
@@ -181,11 +181,11 @@ def _checked_scalar(path: Path, setting: Field, scalar: type, value: Any) -> Any
 
 def _may_be_auto(setting: Field) -> bool:
     """Whether it is a number that may be left to the program; "auto" says so in words."""
-    return type(None) in get_args(setting.type) and _scalar_type(setting) in (int, float)
+    return may_be_none(setting) and scalar_type(setting) in (int, float)
 
 
 def _number_or_auto(setting: Field) -> Callable[[str], Any]:
-    scalar = _scalar_type(setting)
+    scalar = scalar_type(setting)
 
     def convert(text: str) -> Any:
         return text if text == "auto" else scalar(text)
@@ -196,16 +196,3 @@ def _number_or_auto(setting: Field) -> Callable[[str], Any]:
 
 def _without_auto(setting: Field, value: Any) -> Any:
     return None if _may_be_auto(setting) and value == "auto" else value
-
-
-def _is_tuple(setting: Field) -> bool:
-    return getattr(setting.type, "__origin__", None) is tuple
-
-
-def _scalar_type(setting: Field) -> type:
-    kind: Any = setting.type
-    if _is_tuple(setting):
-        return get_args(kind)[0]
-    if isinstance(kind, types.UnionType):
-        return next(arg for arg in get_args(kind) if arg is not type(None))
-    return kind

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a setting's value is one that it may have, for settings that are given in Python, too.
 
-Used by: `streaminator.config`, `sampler_pool`.
+Used by: `streaminator.config`, `cli_args`.
 """
 
 import types
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import Field, fields
 from numbers import Integral, Real
 from typing import Any, get_args, get_origin
 
 from streaminator.errors import ConfigError
+from streaminator.unicode import half_a_pair
 
 _KINDS: dict[Any, tuple[type, str]] = {
     int: (Integral, "a whole number"),
@@ -36,20 +37,19 @@ def check_types(group: Any) -> None:
     """
     for setting in fields(group):
         name, value = setting.name, getattr(group, setting.name)
-        kind: Any = setting.type
-        if isinstance(kind, types.UnionType):
-            if value is None:
-                continue
-            kind = next(arg for arg in get_args(kind) if arg is not type(None))
-        if get_origin(kind) is tuple:
-            is_list = isinstance(value, Iterable) and not isinstance(value, str | bytes)
-            require(is_list, name, repr(value), f"a list, of {_KINDS[get_args(kind)[0]][1]} each")
-            value = tuple(_checked(name, get_args(kind)[0], item) for item in value)
-        else:
-            value = _checked(name, kind, value)
+        if value is None and may_be_none(setting):
+            continue
+        kind = scalar_type(setting)
+        value = (_checked_items if is_list(setting) else _checked)(name, kind, value)
         object.__setattr__(group, name, value)
         choices = setting.metadata["choices"]
         require(not choices or value in choices, name, repr(value), " or ".join(choices))
+
+
+def _checked_items(name: str, kind: type, value: Any) -> tuple:
+    has_items = isinstance(value, Iterable) and not isinstance(value, str | bytes)
+    require(has_items, name, repr(value), f"a list, of {_KINDS[kind][1]} each")
+    return tuple(_checked(name, kind, item) for item in value)
 
 
 def _checked(name: str, kind: type, value: Any) -> Any:
@@ -57,14 +57,26 @@ def _checked(name: str, kind: type, value: Any) -> Any:
     is_it = isinstance(value, expected) and (kind is bool or not isinstance(value, bool))
     require(is_it, name, repr(value), words)
     if isinstance(value, str):
-        require(is_encodable(value), name, repr(value), "text that is UTF-8")
+        is_utf8 = half_a_pair(value) is None
+        require(is_utf8, name, repr(value), "text that is UTF-8")
     return kind(value)
 
 
-def is_encodable(text: str) -> bool:
-    """Whether it can be written as UTF-8: half a surrogate pair cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def is_list(setting: Field) -> bool:
+    """Whether it takes several values."""
+    return get_origin(setting.type) is tuple
+
+
+def may_be_none(setting: Field) -> bool:
+    """Whether it can be left to the program."""
+    return type(None) in get_args(setting.type)
+
+
+def scalar_type(setting: Field) -> type:
+    """Of its value, or of each of its values."""
+    kind: Any = setting.type
+    if is_list(setting):
+        return get_args(kind)[0]
+    if isinstance(kind, types.UnionType):
+        return next(arg for arg in get_args(kind) if arg is not type(None))
+    return kind

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from streaminator.backlog import Work
 from streaminator.config import JobConfig
-from streaminator.config_check import is_encodable
 from streaminator.dispatch import Dispatcher
 from streaminator.engine.checkpoint import load_tokenizer
 from streaminator.errors import ConfigError, DataError, InputError
@@ -33,6 +32,7 @@ from streaminator.pool import OneWorker, Workers
 from streaminator.resident_session import Drawn, ResidentSession
 from streaminator.sequence import Completion, FinishReason, Prompt, not_drawn
 from streaminator.session import Part
+from streaminator.unicode import half_a_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -272,7 +272,7 @@ def _tokens_of(
     content: object, tokenizer: "PreTrainedTokenizerBase", number: int
 ) -> tuple[str, tuple[int, ...]]:
     if isinstance(content, str):
-        if not is_encodable(content):
+        if half_a_pair(content) is not None:
             raise DataError(f"prompt {number}: has half a surrogate pair; give text that is UTF-8")
         text, token_ids = content, tuple(tokenizer(content)["input_ids"])
     else:

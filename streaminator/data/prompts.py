@@ -27,6 +27,7 @@ from streaminator.data.finished import HashSet, stable_hash
 from streaminator.data.rows import Row, load_file, load_rows
 from streaminator.errors import ConfigError, DataError
 from streaminator.sequence import Prompt
+from streaminator.unicode import half_a_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -274,14 +275,12 @@ def _cell(row: Row, name: str, flag: str) -> Any:
 
 
 def _checked_text(row: Row, name: str, text: str) -> str:
-    # JSON may hold half a surrogate pair, which neither a tokenizer nor a Parquet file can take.
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
+    place = half_a_pair(text)  # JSON may hold one
+    if place is not None:
         raise DataError(
-            f"{row.place}: column {name!r} is not valid Unicode at character {error.start}; "
+            f"{row.place}: column {name!r} is not valid Unicode at character {place}; "
             "correct the row"
-        ) from error
+        )
     return text
 
 

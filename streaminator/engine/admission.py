@@ -4,8 +4,6 @@
 Used by: `engine.Engine`.
 """
 
-from contextlib import suppress
-
 import torch
 
 from streaminator.config import EngineConfig
@@ -58,10 +56,8 @@ class Admission:
                 return f"it may need {needed} KV blocks: raise --num_blocks {config.num_blocks}"
             if config.kv_memory is not None:
                 return f"it may need {needed} KV blocks: raise --kv_memory {config.kv_memory:g}"
-            try:
-                self._grow(needed)
-            except (torch.OutOfMemoryError, MemoryError, OSError) as error:
-                return f"it may need {needed} KV blocks, for which memory is short ({first_line(error)})"
+            if problem := self._grow(needed):
+                return f"it may need {needed} KV blocks, for which memory is short ({problem})"
         return None
 
     def make_room(self, max_prompt_length: int) -> None:
@@ -71,13 +67,16 @@ class Admission:
             length = self._total_length(max_prompt_length)
             num_blocks = self._runner.num_blocks(self._config, length)
             if num_blocks > self._cache.num_blocks:
-                # Without that room they preempt each other.
-                with suppress(torch.OutOfMemoryError, MemoryError, OSError):
-                    self._grow(num_blocks)
+                self._grow(num_blocks)  # without that room they preempt each other
 
     def _total_length(self, num_prompt_tokens: int) -> int:
         return self._runner.total_length(num_prompt_tokens, self._max_length)
 
-    def _grow(self, num_blocks: int) -> None:
-        self._cache.grow(num_blocks)
+    def _grow(self, num_blocks: int) -> str | None:
+        """Why there is no memory for it, in words; None: done."""
+        try:
+            self._cache.grow(num_blocks)
+        except (torch.OutOfMemoryError, MemoryError, OSError) as error:
+            return first_line(error)
         self._block_manager.grow(num_blocks)
+        return None

@@ -10,7 +10,6 @@ Invariants
 Used by: `streaminator.cli_replay`, `jobs.benchmark_memory`.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
@@ -28,9 +27,9 @@ from streaminator.errors import ConfigError, DataError, OutputError
 from streaminator.run_record import RunRecord, read_record, tokenizer_fingerprint
 from streaminator.speculative.replay import LoggedPrompt
 from streaminator.speculative.replay_speculators import Ints
+from streaminator.unicode import half_a_pair
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, which is not imported here
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _NUM_COMPARED = 64
 
 
@@ -197,8 +196,7 @@ def _cells(
 
 
 def _is_text(cell: Any) -> bool:
-    # JSON may hold half a surrogate pair, which no tokenizer takes.
-    return isinstance(cell, str) and not _SURROGATE.search(cell)
+    return isinstance(cell, str) and half_a_pair(cell) is None  # JSON may hold one
 
 
 def _is_ids(cell: Any) -> bool:
